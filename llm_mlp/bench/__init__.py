@@ -1,0 +1,1 @@
+"""What `llm-mlp bench` runs, and how results are recorded."""

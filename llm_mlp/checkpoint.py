@@ -1,0 +1,197 @@
+"""A checkpoint is a folder: config.json, tokenizer.json, model.safetensors. Nothing is pickled.
+
+Folders are written under a temporary name and renamed when complete: a full disk or a killed process leaves the
+previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm_mlp.config import ConfigError, ModelConfig, build
+from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.models import LM
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written; the message names the file and says what to do."""
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make ``folder`` with what ``fill(temporary)`` writes; it appears whole or not at all.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, no permission); an earlier ``folder`` still stands.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise CheckpointError(
+            f"{folder}: could not be saved ({error}); free some space or choose another folder. "
+            "Checkpoints saved before are untouched"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object with a ``format_version`` this code knows.
+
+    Raises:
+        CheckpointError: missing, not JSON, or of another format.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version!r}; this version reads {FORMAT_VERSION}")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: missing, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def write_model(folder: Path, model: LM, tokenizer: Tokenizer | None) -> None:
+    """config.json, tokenizer.json and model.safetensors into an existing folder."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model_type": "llm-mlp",
+        "tokenizer": tokenizer.fingerprint() if tokenizer else None,
+        "model": model.config.model_dump(mode="json"),
+    }
+    write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format_version": str(FORMAT_VERSION)})
+
+
+def save_model(folder: str | Path, model: LM, tokenizer: Tokenizer | None) -> None:
+    """Write a checkpoint of the model alone, atomically."""
+    write_folder(Path(folder), lambda temporary: write_model(temporary, model, tokenizer))
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or the ``model`` folder of a run."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder")
+    raise CheckpointError(f"{folder}: no config.json here or in {folder / 'model'}; not a checkpoint or a finished run")
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    path = resolve(folder) / "config.json"
+    values = read_json(path)
+    if not isinstance(values.get("model"), dict):
+        raise CheckpointError(f"{path}: no 'model' section; not a checkpoint of this project")
+    try:
+        return build(ModelConfig, values["model"], str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load_weights(model: LM, path: Path) -> None:
+    """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
+    own = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if missing := sorted(own.keys() - names):
+                raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+            if foreign := sorted(names - own.keys()):
+                raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
+            for name, tensor in own.items():
+                stored = file.get_tensor(name)
+                if stored.shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the config says "
+                        f"{tuple(tensor.shape)}"
+                    )
+                with torch.no_grad():
+                    tensor.copy_(stored)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The checkpoint's tokenizer, checked against the one the model was trained with."""
+    folder = resolve(folder)
+    tokenizer = Tokenizer.load(folder)
+    config = read_json(folder / "config.json")
+    if config.get("tokenizer") not in (None, tokenizer.fingerprint()):
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: not the tokenizer this model was trained with; restore the original file"
+        )
+    vocabulary = read_config(folder).vocab_size
+    if tokenizer.vocab_size > vocabulary:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens, but the model knows {vocabulary}"
+        )
+    return tokenizer
+
+
+def load_model(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[LM, Tokenizer]:
+    """Model (in eval mode) and tokenizer of a checkpoint folder or a finished run.
+
+    Raises:
+        CheckpointError, TokenizerError: naming the file.
+    """
+    folder = resolve(folder)
+    with torch.device("meta"):
+        model = LM(read_config(folder))
+    model = model.to_empty(device="cpu")
+    load_weights(model, folder / "model.safetensors")
+    tokenizer = load_tokenizer(folder)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer

@@ -1,0 +1,431 @@
+"""One configuration system: frozen, validated models; YAML in and out; ``a.b=c`` overrides.
+
+Every component owns a config class and every knob is a field of the component it belongs to.
+pydantic does the type checking (strictly: ``"3"`` is not an integer); this module adds what it lacks:
+YAML numbers such as ``4e-3``, dotted overrides, and a suggestion of the nearest name for a misspelt field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm_mlp.presets import preset
+
+MixerName = Literal["perception", "attention"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and says what to do."""
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, strict, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+class PerceptionConfig(Config):
+    """A layer of perception heads. H = groups * heads_per_group heads write and read their own second layer."""
+
+    groups: int = Field(4, ge=1, description="G: groups of heads; a group shares first layer, keys and erase")
+    heads_per_group: int = Field(8, ge=1, description="m: heads in a group; each has its own time scale and values")
+    read_width: int = Field(128, description="R: width of a group's read and key vectors")
+    features: int = Field(
+        128, description="F: hidden features of a head. F = R is the narrow form (no first layer), F > R learns one"
+    )
+    value_width: int = Field(16, description="V: output width of a head")
+    conv_width: int = Field(4, ge=0, le=8, description="causal depthwise convolution over q, k, v; 0 switches it off")
+    gate_rank: int = Field(64, ge=1, description="rank of the erase, write and output gates")
+    erase: Literal["scalar", "diagonal", "free", "none"] = Field(
+        "scalar",
+        description="e = beta_t k (scalar), beta_t d*k with a learned fixed diagonal d <= 1, or beta free per token "
+        "and feature (not contractive: hostile inputs can grow the state); none never erases",
+    )
+    erase_max: float = Field(1.98, gt=0, le=1.98, description="b_max; above 1.98 bf16 rounding alone can diverge")
+    decay: bool = Field(True, description="context-aware forgetting; off: nothing is forgotten")
+    half_life: tuple[float, float] = Field(
+        (8.0, 4096.0), description="shortest and longest half-life (tokens) of a group's ladder in the first layer"
+    )
+    write_gate: bool = Field(True, description="context-aware gate on what is written")
+    output_gate: bool = Field(True, description="context-aware gate on what is read")
+    learned_slope: bool = Field(True, description="act(u) = u sigmoid(s u) with s learned; off: s = 1 (SiLU)")
+    surprise: bool = Field(False, description="scale a head's output by 1 + gamma * surprise; off: no scaling")
+    block: int = Field(256, ge=0, description="tokens of the open block that are kept exactly; 0 with slots 0: none")
+    slots: int = Field(64, ge=0, description="earlier tokens kept exactly, the most surprising ones")
+    read: Literal["relu2", "softmax"] = Field("relu2", description="how the memorised units are read")
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.heads_per_group
+
+    @property
+    def value_channels(self) -> int:
+        """Width of all heads' values together, G*m*V."""
+        return self.heads * self.value_width
+
+    @property
+    def wide(self) -> bool:
+        """Whether the heads have a learned first layer (F > R)."""
+        return self.features != self.read_width
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 1 <= self.heads <= 512:
+            raise ValueError(
+                f"groups * heads_per_group = {self.heads} perception heads; allowed are 1 to 512 (32-128 are usual)"
+            )
+        for name in ("read_width", "features", "value_width"):
+            if not _power_of_two(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)} is not a power of two")
+        if self.features < self.read_width:
+            raise ValueError(f"features = {self.features} must be at least read_width = {self.read_width}")
+        if self.block == 0 and self.slots > 0:
+            raise ValueError(f"slots = {self.slots} needs block > 0 (slots take in whole blocks); set slots: 0 too")
+        if not 0 < self.half_life[0] <= self.half_life[1]:
+            raise ValueError(f"half_life = {self.half_life} must be (shortest, longest), both positive")
+        return self
+
+
+class AttentionConfig(Config):
+    """The baseline mixer: causal softmax attention with RoPE and QK-norm."""
+
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=2)
+    rope_theta: float = Field(10_000.0, gt=0)
+    qk_norm: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads > 512:
+            raise ValueError(f"heads = {self.heads}; allowed are 1 to 512")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
+        return self
+
+
+class FFNConfig(Config):
+    """Expanded dense layer."""
+
+    hidden: int = Field(2048, ge=1, description="width of the hidden layer (3-4 times d_model is usual)")
+    activation: Literal["relu2", "adaptive"] = Field(
+        "relu2", description="adaptive: relu(u)^2 + tanh(c(x)) relu(-u)^2, c computed from the token"
+    )
+    adaptive_groups: int = Field(8, ge=1, description="groups of hidden channels that share one c(x)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.activation == "adaptive" and self.hidden % self.adaptive_groups:
+            raise ValueError(f"hidden = {self.hidden} is not a multiple of adaptive_groups = {self.adaptive_groups}")
+        return self
+
+
+class RoutingConfig(Config):
+    """Per-token routing of earlier layers' outputs into the last layers (after MUDD, arXiv 2502.12170)."""
+
+    last_layers: int = Field(0, ge=0, description="how many of the last layers read earlier outputs; 0: off")
+    hidden: int = Field(32, ge=1, description="width of the routing MLP")
+
+
+class ModelConfig(Config):
+    """A language model: token embedding, n_layers blocks of (mixer, FFN), norm, head."""
+
+    vocab_size: int = Field(8192, ge=2)
+    d_model: int = Field(512, ge=8)
+    n_layers: int = Field(8, ge=1)
+    pattern: tuple[MixerName, ...] = Field(
+        ("perception",), min_length=1, description="mixers of the layers, repeated; several kinds make a hybrid"
+    )
+    perception: PerceptionConfig = PerceptionConfig()
+    attention: AttentionConfig = AttentionConfig()
+    ffn: FFNConfig = FFNConfig()
+    routing: RoutingConfig = RoutingConfig()
+    dropout: float = Field(0.0, ge=0, lt=1, description="on mixer and FFN outputs; 0.1-0.2 for several epochs")
+    logit_cap: float = Field(30.0, ge=0, description="logits are cap*tanh(logits/cap); 0: no cap")
+    tie_embeddings: bool = Field(False, description="the head is the embedding, transposed")
+    norm_eps: float = Field(1e-6, gt=0)
+
+    def mixer(self, layer: int) -> MixerName:
+        return self.pattern[layer % len(self.pattern)]
+
+    @property
+    def mixers(self) -> tuple[MixerName, ...]:
+        """The mixer of each layer."""
+        return tuple(self.mixer(i) for i in range(self.n_layers))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.routing.last_layers >= self.n_layers:
+            raise ValueError(
+                f"routing.last_layers = {self.routing.last_layers} must be below n_layers = {self.n_layers}"
+            )
+        if "attention" in self.mixers and self.attention.heads * self.attention.head_dim != self.d_model:
+            raise ValueError(
+                f"attention.heads * attention.head_dim = {self.attention.heads * self.attention.head_dim} "
+                f"must equal d_model = {self.d_model}"
+            )
+        return self
+
+
+class SourceConfig(Config):
+    """One source of documents."""
+
+    path: str = Field(description="file, folder, glob, or hf:NAME[:SPLIT] with the `hf` extra installed")
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    text_field: str = Field("text", description="field of JSON lines, Parquet and Hugging Face records")
+
+
+class DataConfig(Config):
+    """Where text comes from, how it is tokenised and packed."""
+
+    sources: tuple[SourceConfig, ...] = Field((), description="empty: the sample text that ships with the package")
+    prepared: str = Field(
+        "", description="a folder that `llm-mlp prepare` wrote (here or on another machine); sources are not read"
+    )
+    tokenizer: str = Field(
+        "bpe", description="bpe (trained on the sources), byte, a folder or tokenizer.json, or a tiktoken rank file"
+    )
+    vocab_size: int = Field(8192, ge=257, description="size of a BPE vocabulary that is trained here")
+    tokenizer_sample_mb: float = Field(20.0, gt=0, description="MB of text a BPE vocabulary is trained on")
+    held_out: float = Field(0.01, ge=0, lt=1, description="share of the documents held out, chosen by their hash")
+    seq_len: int = Field(1024, ge=8, description="tokens a sample")
+    packing: Literal["reset", "joined", "streams"] = Field(
+        "joined",
+        description="reset: state starts afresh at each document (cu_seqlens); joined: documents follow each other "
+        "behind a separator; streams: long documents in order, state carried from step to step",
+    )
+    cache_dir: str = Field("data", description="folder for tokenised shards")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tokenizer == "bpe" and self.vocab_size > 2**20:
+            raise ValueError(f"vocab_size = {self.vocab_size} is too large")
+        return self
+
+
+class OptimizerConfig(Config):
+    """Muon for matrices with AdamW for the rest, or AdamW alone."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = Field(4e-3, gt=0, description="peak rate (Muon updates are scaled to AdamW's root mean square)")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    clip: float = Field(1.0, ge=0, description="gradient norm is clipped at this; 0: no clipping")
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "linear"
+    warmup: int = Field(2000, ge=0, description="steps of warm-up, at most a tenth of the run")
+    decay: float = Field(0.6, gt=0, le=1, description="share of the run in which linear and wsd decay")
+    final: float = Field(0.0, ge=0, le=1, description="rate at the end, relative to the peak")
+
+
+class EvalConfig(Config):
+    """Evaluation on the held-out documents during training."""
+
+    every: int = Field(250, ge=0, description="steps between evaluations; 0: only at the end")
+    tokens: int = Field(262_144, ge=1, description="held-out tokens an evaluation reads (at most)")
+
+
+class CheckpointConfig(Config):
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1)
+    keep_best: bool = Field(True, description="keep the checkpoint with the lowest held-out loss too")
+
+
+class TrainConfig(Config):
+    """A training run on one device."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    out: str = Field("runs/train", description="folder of the run")
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
+    micro_batch: int = Field(0, ge=0, description="sequences a forward pass; 0: the whole batch. Divides batch_size")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile every block")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    debug_checks: bool = Field(False, description="check the ops' inputs for NaN and positive decays (slow)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    seed: int = 0
+    log_every: int = Field(10, ge=1)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes an optimizer step."""
+        return self.batch_size // (self.micro_batch or self.batch_size)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
+        if self.data.packing == "streams" and "attention" in self.model.mixers:
+            raise ValueError("data.packing = streams needs a state of fixed size; attention's cache grows without end")
+        return self
+
+
+# -- YAML and overrides ------------------------------------------------------------------------------------------
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``4e-3`` as a string; everybody who writes a learning rate means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _field_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The config class in which the last part of a pydantic error location is a field."""
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(str(part))
+        if field is None:
+            return None
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                cls = kind
+                break
+        else:
+            return None
+    return cls
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], origin: str) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(map(str, item["loc"])) or cls.__name__
+        if item["type"] == "extra_forbidden":
+            owner = _field_at(cls, item["loc"])
+            names = list(owner.model_fields) if owner else []
+            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}"
+            lines.append(f"{name}: unknown field; {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{name}: {message}{got}")
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _with_preset(values: Any, origin: str) -> Any:
+    """``"30m"`` or ``{preset: 30m, ...}`` as plain fields, the given ones on top of the preset's."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict) or "preset" not in values:
+        return values
+    name = values["preset"]
+    if not isinstance(name, str):
+        raise ConfigError(f"{origin}: preset must be a name, got {name!r}")
+    try:
+        return _merge(preset(name), {key: value for key, value in values.items() if key != "preset"})
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def build(cls: type[C], values: dict[str, Any], origin: str = "config") -> C:
+    """Validate ``values`` (plain Python data) as ``cls``; `ConfigError` names every bad field.
+
+    A ``model`` (or a top level `ModelConfig`) may name a preset that the other fields refine:
+    ``{preset: 30m, n_layers: 4}``.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: expected fields and values, got {type(values).__name__}")
+    if cls is ModelConfig:
+        values = _with_preset(values, origin)
+    elif isinstance(values.get("model"), (dict, str)) and "model" in cls.model_fields:
+        values = {**values, "model": _with_preset(values["model"], origin)}
+    try:
+        # JSON mode is strict about numbers and strings but lets a list be a tuple, which YAML cannot write.
+        return cls.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, cls, origin)) from None
+    except TypeError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``values`` with every ``a.b=c`` applied; the right side is YAML (``lr=4e-3``, ``pattern=[attention]``)."""
+    for item in overrides:
+        path, sep, text = item.partition("=")
+        if not sep or not path:
+            raise ConfigError(f"override {item!r}: expected NAME=VALUE, for example optimizer.lr=4e-3")
+        try:
+            value = _yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: {error}") from None
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        if isinstance(values.get("model"), str):
+            values = {**values, "model": {"preset": values["model"]}}
+        values = _merge(values, value)
+    return values
+
+
+def load(cls: type[C], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> C:
+    """Read a YAML (or JSON) file, apply overrides, validate. ``path`` None starts from the defaults."""
+    values: Any = {}
+    if path is not None:
+        try:
+            values = _yaml(Path(path).read_text(encoding="utf8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such config file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected fields and values, got {type(values).__name__}")
+    return build(cls, apply_overrides(values, overrides), str(path or "config"))
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def diff(old: Config, new: Config, prefix: str = "") -> list[str]:
+    """What differs, one line a field: ``optimizer.lr: 0.004 -> 0.001``."""
+    lines: list[str] = []
+    for name in type(old).model_fields:
+        a, b = getattr(old, name), getattr(new, name)
+        if isinstance(a, Config) and isinstance(b, Config):
+            lines += diff(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return lines

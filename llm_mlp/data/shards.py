@@ -1,0 +1,470 @@
+"""Documents tokenised once, into memory-mapped files.
+
+A cache folder holds ``manifest.json``, ``tokenizer.json`` and, for source ``i`` and each split, ``i-train.tokens``
+(the documents' tokens one after another, no separators), ``i-train.offsets`` (int64 [documents + 1]) and
+``i-train.ids`` (JSON lines). The manifest is written last, so a folder without one is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llm_mlp.config import DataConfig, SourceConfig
+from llm_mlp.data.sources import DataError, Document, is_hugging_face, read_documents, sample_source, source_files
+from llm_mlp.data.tokenizer import Tokenizer
+
+logger = logging.getLogger("llm_mlp.data")
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "held_out")
+BATCH_CHARS = 1 << 22  # text that is encoded at once
+STALE = 24 * 3600  # seconds after which a folder an interrupted run left behind is removed
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The documents of one source and split, memory-mapped. ``offsets`` int64 [documents + 1] cut ``tokens``."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    bytes: int
+    """UTF-8 bytes of all the documents."""
+    ids_file: Path | None = None
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def doc_ids(self) -> list[str]:
+        if self.ids_file is None:
+            return [str(i) for i in range(self.documents)]
+        return [json.loads(line) for line in self.ids_file.read_text(encoding="utf8").splitlines()]
+
+    def document(self, i: int) -> np.ndarray:
+        """The tokens of document ``i``."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised sources, split into training and held-out documents; one entry a source, in the config's order."""
+
+    tokenizer: Tokenizer
+    train: list[TokenData]
+    held_out: list[TokenData]
+    weights: list[float]
+    names: list[str]
+    parts: dict[str, str] = field(default_factory=dict)
+    """What ``fingerprint`` is made of, so that a changed part can be named."""
+    folder: Path | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over the sources' contents, the tokenizer and the held-out share."""
+        return _hash(self.parts)
+
+    def describe(self) -> dict[str, Any]:
+        rows = []
+        for name, weight, train, held_out in zip(self.names, self.weights, self.train, self.held_out, strict=True):
+            counts = {
+                split: {"documents": data.documents, "tokens": len(data.tokens), "bytes": data.bytes}
+                for split, data in (("train", train), ("held_out", held_out))
+            }
+            rows.append({"path": name, "weight": weight, **counts})
+        return {
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "fingerprint": self.fingerprint,
+            "train_tokens": sum(len(data.tokens) for data in self.train),
+            "held_out_tokens": sum(len(data.tokens) for data in self.held_out),
+            "sources": rows,
+        }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _text_hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def _progress(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True)
+
+
+# -- what the files held ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _FileRecord:
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> _FileRecord:
+        stat = path.stat()
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(str(path.absolute()), stat.st_size, stat.st_mtime_ns, digest)
+
+    def same_stat(self) -> bool:
+        stat = os.stat(self.path)
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+@dataclass
+class _Scan:
+    """A source's documents, counted before any is tokenised; damage shows here, not after an hour of work."""
+
+    files: list[_FileRecord]
+    content: str
+    documents: int
+    bytes: int
+    smallest: int
+    """Smallest hash of a document's text, and how many documents have it."""
+    smallest_count: int
+    below: int
+    """Documents whose hash is below the threshold."""
+
+
+def _scan(source: SourceConfig, threshold: int, progress: bool) -> _Scan:
+    files = [_FileRecord.of(path) for path in source_files(source)]
+    digest = hashlib.blake2b(digest_size=32)
+    out = _Scan(files, "", 0, 0, 1 << 64, 0, 0)
+    with _progress(progress) as bar:
+        task = bar.add_task(f"reading {source.path} (documents)", total=None)
+        for document in read_documents(source):
+            data = document.text.encode()
+            value = _text_hash(data)
+            digest.update(value.to_bytes(8, "big"))
+            out.documents += 1
+            out.bytes += len(data)
+            out.below += value < threshold
+            if value < out.smallest:
+                out.smallest, out.smallest_count = value, 0
+            out.smallest_count += value == out.smallest
+            if out.documents % 256 == 0:
+                bar.update(task, completed=out.documents)
+    out.content = digest.hexdigest()
+    return out
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which documents are held out: by the hash of their text, so order and neighbours do not matter."""
+
+    threshold: int
+    forced: int = -1
+    """The hash of a document that is held out although the threshold took none."""
+
+    def held_out(self, text: bytes) -> bool:
+        value = _text_hash(text)
+        return value < self.threshold or value == self.forced
+
+
+def _split(sources: tuple[SourceConfig, ...], scans: list[_Scan], held_out: float) -> _Split:
+    split = _Split(int(held_out * 2**64))
+    if held_out > 0 and not any(scan.below for scan in scans):
+        # Too few documents for the share: hold out the one with the smallest hash that leaves its source others.
+        smallest = [scan.smallest for scan in scans if scan.documents > scan.smallest_count]
+        if smallest:
+            split = _Split(0, min(smallest))
+        else:
+            logger.warning("nothing is held out: no source has two different documents; split them up to evaluate")
+    for source, scan in zip(sources, scans, strict=True):
+        taken = scan.below or (scan.smallest_count if scan.smallest == split.forced else 0)
+        if taken == scan.documents:
+            raise DataError(
+                f"{source.path}: all {scan.documents} documents fall to the held-out part, none is left to train on; "
+                f"lower held_out = {held_out} or give the source more documents"
+            )
+    return split
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """One split of one source."""
+
+    def __init__(self, folder: Path, name: str, dtype: Any) -> None:
+        self._dtype, self._folder, self._name = dtype, folder, name
+        self._tokens = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115 (closed by close)
+        self._ids = open(folder / f"{name}.ids", "w", encoding="utf8")  # noqa: SIM115
+        self._offsets = array("q", [0])
+        self._bytes = 0
+
+    def add(self, ids: list[int], document: Document) -> None:
+        np.asarray(ids, dtype=self._dtype).tofile(self._tokens)
+        self._ids.write(json.dumps(document.id) + "\n")
+        self._offsets.append(self._offsets[-1] + len(ids))
+        self._bytes += len(document.text.encode())
+
+    def close(self) -> dict[str, int]:
+        """Finish the files; what the manifest says of them."""
+        self._tokens.close()
+        self._ids.close()
+        np.asarray(self._offsets, dtype=np.int64).tofile(self._folder / f"{self._name}.offsets")
+        sizes = {kind: (self._folder / f"{self._name}.{kind}").stat().st_size for kind in ("tokens", "offsets", "ids")}
+        return {"documents": len(self._offsets) - 1, "tokens": self._offsets[-1], "bytes": self._bytes, **{
+            f"{kind}_size": size for kind, size in sizes.items()
+        }}  # fmt: skip
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenise(
+    folder: Path, index: int, source: SourceConfig, scan: _Scan, split: _Split, tokenizer: Tokenizer, progress: bool
+) -> dict[str, Any]:
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    writers = {name: _Writer(folder, f"{index}-{name}", dtype) for name in SPLITS}
+    with _progress(progress) as bar:
+        task = bar.add_task(f"tokenising {source.path} (bytes)", total=scan.bytes)
+        for batch in _batches(read_documents(source, quiet=True)):
+            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+                data = document.text.encode()
+                writers["held_out" if split.held_out(data) else "train"].add(ids, document)
+                bar.advance(task, len(data))
+    counts = {name: writer.close() for name, writer in writers.items()}
+    if counts["train"]["documents"] + counts["held_out"]["documents"] != scan.documents or not all(
+        record.same_stat() for record in scan.files
+    ):
+        raise DataError(f"{source.path}: changed while it was being read; try again when nothing writes to it")
+    return {
+        "path": source.path,
+        "text_field": source.text_field,
+        "content": scan.content,
+        "files": [asdict(record) for record in scan.files],
+        **counts,
+    }
+
+
+def _training_sample(
+    sources: tuple[SourceConfig, ...], weights: list[float], split: _Split, megabytes: float
+) -> Iterator[str]:
+    """The first training documents of every source, each source's share of the bytes being its weight."""
+    for source, weight in zip(sources, weights, strict=True):
+        left = int(megabytes * 1e6 * weight)
+        for document in read_documents(source, quiet=True):
+            data = document.text.encode()
+            if split.held_out(data):
+                continue
+            yield document.text if len(data) <= left else data[:left].decode("utf8", "ignore")
+            left -= len(data)
+            if left <= 0:
+                break
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _folder_for(config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None) -> Path:
+    if tokenizer is not None:
+        kind: list[Any] = ["tokenizer", tokenizer.fingerprint()]
+    else:
+        kind = ["bpe", config.vocab_size, config.tokenizer_sample_mb, [source.weight for source in sources]]
+    paths = [
+        [s.path if is_hugging_face(s) else str(Path(s.path).expanduser().absolute()), s.text_field] for s in sources
+    ]
+    return Path(config.cache_dir) / _hash([FORMAT_VERSION, kind, paths, config.held_out])[:16]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if folder.exists():
+            logger.info("%s: an unfinished cache; tokenising again", folder)
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not a manifest; delete the folder {folder} to tokenise again") from None
+    if version != FORMAT_VERSION:
+        logger.info("%s: written in format %s, this is %s; tokenising again", folder, version, FORMAT_VERSION)
+        return None
+    return manifest
+
+
+def _changes(manifest: dict[str, Any], folder: Path, sources: tuple[SourceConfig, ...]) -> list[str]:
+    """The source files that are not what was tokenised. Files that were only touched get their new time noted."""
+    changed, touched = [], False
+    for source, entry in zip(sources, manifest["sources"], strict=True):
+        known = {record["path"]: record for record in entry["files"]}
+        found = {str(path.absolute()): path for path in source_files(source)}
+        changed += sorted(known.keys() ^ found.keys())
+        for name in known.keys() & found.keys():
+            record = _FileRecord(**known[name])
+            if record.same_stat():
+                continue
+            now = _FileRecord.of(found[name])
+            if (now.size, now.sha256) != (record.size, record.sha256):
+                changed.append(name)
+            else:
+                known[name].update(asdict(now))
+                touched = True
+    if touched and not changed:
+        _write_json(folder / "manifest.json", manifest)
+    return changed
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf8")
+    os.replace(temporary, path)
+
+
+def _map(folder: Path, name: str, entry: dict[str, int], dtype: Any) -> TokenData:
+    for kind in ("tokens", "offsets", "ids"):
+        path = folder / f"{name}.{kind}"
+        size = path.stat().st_size if path.is_file() else -1
+        if size != entry[f"{kind}_size"]:
+            state = f"{size} bytes where the manifest says {entry[f'{kind}_size']}" if size >= 0 else "missing"
+            raise DataError(f"{path}: {state}; the cache is damaged, delete the folder {folder} to tokenise again")
+    tokens = folder / f"{name}.tokens"
+    # An empty file cannot be mapped.
+    mapped = np.memmap(tokens, dtype=dtype, mode="r") if entry["tokens"] else np.empty(0, dtype)
+    offsets = np.memmap(folder / f"{name}.offsets", dtype=np.int64, mode="r")
+    if offsets[-1] != len(mapped) or len(offsets) != entry["documents"] + 1:
+        raise DataError(f"{tokens}: does not fit its offsets; delete the folder {folder} to tokenise again")
+    return TokenData(mapped, offsets, entry["bytes"], folder / f"{name}.ids")
+
+
+def _open(folder: Path, manifest: dict[str, Any], config: DataConfig, sources: tuple[SourceConfig, ...]) -> Dataset:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint() != manifest["tokenizer"]:
+        raise DataError(f"{folder}/tokenizer.json: not the one the text was tokenised with; delete the folder {folder}")
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    train, held_out = (
+        [_map(folder, f"{i}-{split}", entry[split], dtype) for i, entry in enumerate(manifest["sources"])]
+        for split in SPLITS
+    )
+    parts = {
+        "sources": _hash([[entry["content"], entry["text_field"]] for entry in manifest["sources"]]),
+        "tokenizer": manifest["tokenizer"],
+        "held_out": repr(config.held_out),
+    }
+    return Dataset(tokenizer, train, held_out, _weights(sources), [s.path for s in sources], parts, folder)
+
+
+def _weights(sources: tuple[SourceConfig, ...]) -> list[float]:
+    total = sum(source.weight for source in sources)
+    return [source.weight / total for source in sources]
+
+
+def _build(
+    folder: Path, config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None, progress: bool
+) -> None:
+    threshold = int(config.held_out * 2**64)
+    scans = [_scan(source, threshold, progress) for source in sources]
+    split = _split(sources, scans, config.held_out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        if tokenizer is None:
+            sample = _training_sample(sources, _weights(sources), split, config.tokenizer_sample_mb)
+            tokenizer = Tokenizer.train(sample, config.vocab_size, progress=progress and sys.stderr.isatty())
+        tokenizer.save(temporary)
+        entries = [
+            _tokenise(temporary, i, source, scan, split, tokenizer, progress)
+            for i, (source, scan) in enumerate(zip(sources, scans, strict=True))
+        ]
+        manifest = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint(), "sources": entries}
+        _write_json(temporary / "manifest.json", manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / "manifest.json").is_file():  # else another process finished the same work just now
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _configured_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """None if it is to be trained."""
+    if config.tokenizer == "bpe":
+        return None
+    return Tokenizer.bytes() if config.tokenizer == "byte" else Tokenizer.load(config.tokenizer)
+
+
+def _open_prepared(folder: Path, config: DataConfig, tokenizer: Tokenizer | None) -> Dataset:
+    """A folder that `prepare` wrote, perhaps elsewhere; the files it was made from are not looked at."""
+    manifest = _read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise DataError(f"{folder}: not a folder of prepared data (no manifest.json of format {FORMAT_VERSION})")
+    entries = manifest["sources"]
+    sources = config.sources or tuple(SourceConfig(path=entry["files"][0]["path"]) for entry in entries)
+    if len(sources) != len(entries):
+        raise DataError(f"{folder}: holds {len(entries)} sources, the config names {len(sources)}")
+    if tokenizer is not None and tokenizer.fingerprint() != manifest["tokenizer"]:
+        raise DataError(f"{folder}: was tokenised with another tokenizer than the checkpoint's")
+    return _open(folder, manifest, config, sources)
+
+
+def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Dataset:
+    """Open the tokenised data of ``config``; tokenise first what is new or has changed.
+
+    ``tokenizer``, that of a run to resume or to start from, stands in for the configured one.
+    """
+    if config.prepared:
+        return _open_prepared(Path(config.prepared), config, tokenizer)
+    sources = config.sources or (sample_source(),)
+    wanted = tokenizer
+    if wanted is None:
+        wanted = _configured_tokenizer(config)
+    folders = [_folder_for(config, sources, wanted)]
+    if tokenizer is not None and config.tokenizer == "bpe":
+        # A resumed run brings the tokenizer that was trained here: its cache serves.
+        folders.insert(0, _folder_for(config, sources, None))
+    for folder in folders:
+        manifest = _read_manifest(folder)
+        if manifest is None or (wanted is not None and manifest["tokenizer"] != wanted.fingerprint()):
+            continue
+        changed = _changes(manifest, folder, sources)
+        if not changed:
+            return _open(folder, manifest, config, sources)
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        logger.info("changed since they were tokenised: %s%s; tokenising again", ", ".join(changed[:3]), more)
+    _build(folders[-1], config, sources, wanted, progress)
+    manifest = _read_manifest(folders[-1])
+    assert manifest is not None
+    return _open(folders[-1], manifest, config, sources)

@@ -1,0 +1,123 @@
+"""Loss, perplexity and bits per byte of text, in all and by position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm_mlp.config import SourceConfig
+from llm_mlp.data import Batch, Document, Tokenizer, read_documents
+from llm_mlp.models import LM
+from llm_mlp.precision import Precision
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model makes of a text."""
+
+    tokens: int
+    bytes: int
+    nats: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(1, self.bytes)
+
+
+@torch.no_grad()
+def score_batches(model: LM, batches: Iterable[tuple[Batch, int]], precision: Precision | None = None) -> TextScore:
+    """Score (batch, bytes of its targets) pairs, each row read from an empty state."""
+    device = next(model.parameters()).device
+    precision = precision or Precision("fp32", device)
+    tokens, size, nats = 0, 0, 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch, n_bytes in batches:
+            targets = batch.targets.to(device)
+            with precision.autocast():
+                loss = model(batch.tokens.to(device), targets=targets, reduction="sum").loss
+            nats += float(loss)
+            tokens += int((batch.targets >= 0).sum())
+            size += n_bytes
+    finally:
+        model.train(was_training)
+    return TextScore(tokens, size, nats)
+
+
+def position_bins(length: int) -> list[tuple[int, int]]:
+    """(0, 256), (256, 512) ... doubling, up to ``length``."""
+    edges = [0, 256]
+    while edges[-1] < length:
+        edges.append(edges[-1] * 2)
+    return [(a, min(b, length)) for a, b in zip(edges, edges[1:], strict=False) if a < length]
+
+
+def _windows(documents: Iterable[Document], tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
+    """(eos + at most ``context`` tokens, their bytes) pieces of each document."""
+    for document in documents:
+        ids = tokenizer.encode(document.text)
+        for start in range(0, len(ids), context):
+            part = ids[start : start + context]
+            yield [tokenizer.eos, *part], tokenizer.byte_length(part)
+
+
+@torch.no_grad()
+def score_text(
+    model: LM,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    *,
+    context: int = 1024,
+    precision: Precision | None = None,
+    text_field: str = "text",
+    max_tokens: int | None = None,
+    carry: bool = False,
+) -> tuple[TextScore, dict[str, float]]:
+    """Score a text file (or folder, JSON lines ...) in pieces of ``context`` tokens.
+
+    Each piece starts from an empty state behind a separator, or, with ``carry``, continues the state of its
+    document's previous piece.
+
+    Returns:
+        The score, and mean loss by position in the piece, keyed ``"0-256"`` and so on.
+    """
+    device = next(model.parameters()).device
+    precision = precision or Precision("fp32", device)
+    bins = position_bins(context)
+    sums, counts = [0.0] * len(bins), [0] * len(bins)
+    tokens, size, nats = 0, 0, 0.0
+    model.eval()
+    for document in read_documents(SourceConfig(path=str(path), text_field=text_field)):
+        state, previous = None, tokenizer.eos
+        for ids, n_bytes in _windows([document], tokenizer, context):
+            if carry:
+                ids[0] = previous
+            row = torch.tensor([ids], device=device)
+            with precision.autocast():
+                out = model(row[:, :-1], state, targets=row[:, 1:], reduction="none")
+            state, previous = (out.state, ids[-1]) if carry else (None, tokenizer.eos)
+            loss = out.loss[0].double().cpu()
+            nats, tokens, size = nats + float(loss.sum()), tokens + len(loss), size + n_bytes
+            for i, (a, b) in enumerate(bins):
+                sums[i] += float(loss[a:b].sum())
+                counts[i] += len(loss[a:b])
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    by_position = {f"{a}-{b}": s / n for (a, b), s, n in zip(bins, sums, counts, strict=True) if n}
+    return TextScore(tokens, size, nats), by_position

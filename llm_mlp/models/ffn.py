@@ -1,0 +1,46 @@
+"""Dense feed-forward layer, expanded, with a ReLU^2 or an adaptive activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llm_mlp.config import ModelConfig
+from llm_mlp.models.mixer import Cost, Linear, init_linear
+
+
+class FFN(nn.Module):
+    """``W2 psi(W1 x)``; psi(u) = relu(u)^2 + tanh(c(x)) relu(-u)^2, c one value per token and group of channels.
+
+    Without the adaptive part psi is ReLU^2; with it the layer starts there (c = 0).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.ffn
+        self.up = Linear(config.d_model, c.hidden, bias=False)
+        self.down = Linear(c.hidden, config.d_model, bias=False)
+        self.shape = Linear(config.d_model, c.adaptive_groups) if c.activation == "adaptive" else None
+
+    def init_weights(self) -> None:
+        init_linear(self.up.weight)
+        nn.init.zeros_(self.down.weight)
+        if self.shape is not None:
+            nn.init.zeros_(self.shape.weight)
+            nn.init.zeros_(self.shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., D]``."""
+        u = self.up(x)
+        h = u.relu().square()
+        if self.shape is not None:
+            c = torch.tanh(self.shape(x))[..., None]  # [..., groups, 1]
+            h = h + (c * (-u).relu().square().unflatten(-1, (c.shape[-2], -1))).flatten(-2)
+        return self.down(h)
+
+    @staticmethod
+    def cost(config: ModelConfig) -> Cost:
+        D, c = config.d_model, config.ffn
+        shape = c.adaptive_groups if c.activation == "adaptive" else 0
+        matrices = 2 * D * c.hidden + D * shape
+        return Cost(matrices + shape, 2 * matrices)

@@ -1,0 +1,228 @@
+"""The only Block and the only LM; the transformer baseline and hybrids are other mixer patterns of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm_mlp.config import ModelConfig
+from llm_mlp.models.attention import AttentionMixer
+from llm_mlp.models.ffn import FFN
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, linear, rms_norm
+from llm_mlp.models.perception import PerceptionMixer
+from llm_mlp.models.routing import Routing
+from llm_mlp.ops import linear_cross_entropy
+from llm_mlp.ops.cross_entropy import softcap
+
+MIXERS: dict[str, type[Mixer]] = {"perception": PerceptionMixer, "attention": AttentionMixer}
+
+
+@dataclass
+class Output:
+    """What `LM.forward` returns; fields that were not asked for are None."""
+
+    logits: Tensor | None  # [B, T or 1, vocabulary]
+    loss: Tensor | None  # scalar, nats a counted target (or [B, T] when unreduced)
+    state: State
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + ffn(norm(x))``; with routing, earlier outputs are added before."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.routing = Routing(config, layer) if Routing.routed(config, layer) else None
+        self.mixer = MIXERS[config.mixer(layer)](config, layer)
+        self.ffn = FFN(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def init_weights(self) -> None:
+        for part in (self.routing, self.mixer, self.ffn):
+            if part is not None:
+                part.init_weights()
+
+    def forward(
+        self, x: Tensor, earlier: list[Tensor] | None, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """x ``[B, T, D]`` -> the same, and the mixer's state."""
+        if self.routing is not None:
+            x = self.routing(x, earlier or [])
+        y, after = self.mixer(rms_norm(x, self.eps), state, cu_seqlens)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.ffn(rms_norm(x, self.eps))), after
+
+    def step(self, x: Tensor, earlier: list[Tensor], state: State, state_indices: Tensor | None) -> Tensor:
+        """One token, ``[B, D]`` -> ``[B, D]``; the state changes in place."""
+        if self.routing is not None:
+            x = self.routing(x, earlier)
+        x = x + self.mixer.step(rms_norm(x, self.eps), state, state_indices)
+        return x + self.ffn(rms_norm(x, self.eps))
+
+
+class LM(nn.Module):
+    """A language model. ``state`` is a flat dict of tensors, batch first: ``layers.3.fast_weights`` and so on."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        self.activation_checkpointing = False
+
+    def init_weights(self) -> None:
+        """Initial values (torch's global generator): the last layers of all branches and the head are zero."""
+        std = self.config.d_model**-0.5 if self.head is None else 1.0  # the embedding is normed; a tied head is not
+        nn.init.normal_(self.embedding.weight, std=std)
+        for block in self.blocks:
+            block.init_weights()
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def randomize_(self, seed: int = 0) -> LM:
+        """Add noise to every parameter, so that nothing that starts at zero hides in a test or a benchmark."""
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            scale = 0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1
+            p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        return self
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that hold several matrices on top of each other, and how many rows each has."""
+        return {
+            f"{name}.{weight}": rows
+            for name, module in self.named_modules()
+            if isinstance(module, Mixer)
+            for weight, rows in module.fused_rows.items()
+        }
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> Output:
+        """Read ``tokens [B, T]`` (int64), continuing ``state``.
+
+        Args:
+            state: from `init_state` or an earlier call; None starts afresh.
+            cu_seqlens: CPU integers ``[N+1]``: N packed sequences (B = 1); the state is ``[N, ...]``.
+            targets: ``[B, T]``, -100 not counted: gives the loss without the full logits in memory.
+            logits: which logits to return; those of ``last`` are ``[B, 1, V]`` (packed: ``[1, N, V]``, of the last
+                token of each sequence; none of them may be empty). With targets none are returned.
+            reduction: of the loss; ``none`` is ``[B, T]`` without gradients.
+
+        Raises:
+            ValueError: a token outside the vocabulary (checked on the CPU), or shapes that do not fit.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [B, T]")
+        self._check_tokens(tokens)
+        x, after = self._hidden(tokens, state, cu_seqlens)
+        if targets is not None:
+            loss = linear_cross_entropy(
+                x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction
+            )
+            return Output(None, loss, after)
+        if logits == "none":
+            return Output(None, None, after)
+        if logits == "last":
+            if x.shape[1] == 0:
+                raise ValueError("logits='last' needs at least one token")
+            x = x[:, -1:] if cu_seqlens is None else x[:, (cu_seqlens[1:].long() - 1).to(x.device)]
+        return Output(self._logits(x), None, after)
+
+    def _hidden(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        """The final normed hidden states ``[B, T, D]``, and the state."""
+        x = rms_norm(self.embedding(tokens), self.config.norm_eps)
+        earlier: list[Tensor] = []
+        after: State = {}
+        routed = self.config.routing.last_layers > 0
+        for i, block in enumerate(self.blocks):
+            own = _layer(state, i) if state else None
+            args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
+            if routed:
+                earlier.append(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, new = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, new = block(*args)
+            after.update({f"layers.{i}.{name}": t for name, t in new.items()})
+        return rms_norm(x, self.config.norm_eps), after
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
+        """One token of each sequence: ``tokens [B]`` -> logits ``[B, vocabulary]``; the state changes in place.
+
+        ``state_indices`` (distinct integers ``[B]``, -1 a padding row) say which rows of the state's pool are used.
+        """
+        self._check_tokens(tokens)
+        x = rms_norm(self.embedding(tokens), self.config.norm_eps)
+        earlier: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            own = _layer(state, i)
+            y = block.step(x, earlier, own, state_indices)
+            earlier.append(x)
+            x = y
+            state.update({f"layers.{i}.{name}": t for name, t in own.items()})
+        return self._logits(rms_norm(x, self.config.norm_eps))
+
+    def init_state(
+        self, batch: int = 1, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, context=0
+    ) -> State:
+        """The state before any token; ``context``: tokens an attention layer's cache gets room for at once."""
+        weight = self.embedding.weight
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return {
+            f"layers.{i}.{name}": t
+            for i, block in enumerate(self.blocks)
+            for name, t in block.mixer.init_state(batch, dtype=dtype, device=device, context=context).items()
+        }
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _logits(self, x: Tensor) -> Tensor:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return softcap(linear(x, self._head_weight()).to(wide), self.config.logit_cap)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        # On a GPU this would wait for the device; there an embedding lookup out of range asserts by itself.
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token {bad} is outside the vocabulary of {self.config.vocab_size}")
+
+
+def _layer(state: State, i: int) -> State:
+    prefix = f"layers.{i}."
+    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+
+
+def model_cost(config: ModelConfig, *, context: int = 2048, dtype_bytes: int = 2) -> Cost:
+    """Parameters, forward FLOPs a token (matrix products, at a context) and state bytes, from the config alone."""
+    D, vocabulary = config.d_model, config.vocab_size
+    total = Cost(D * vocabulary * (1 if config.tie_embeddings else 2), 2 * D * vocabulary)
+    for i, name in enumerate(config.mixers):
+        total = total + MIXERS[name].cost(config, context=context, dtype_bytes=dtype_bytes)
+        total = total + FFN.cost(config) + Routing.cost(config, i)
+    return total
+
+
+def build_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> LM:
+    """An initialised model; the same seed gives the same weights on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LM(config)
+        model.init_weights()
+    return model.to(device)

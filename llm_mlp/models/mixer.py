@@ -1,0 +1,94 @@
+"""The contract every mixer keeps, and helpers they share.
+
+A mixer's state is a flat dict of tensors, batch first. A new mixer is one file with one `Mixer`, one config class in
+`llm_mlp.config`, one row in `llm_mlp.models.lm.MIXERS` and one in the tests' table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_mlp.config import ModelConfig
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part of the model costs, computed from its config alone."""
+
+    parameters: int
+    flops: int  # of matrix products, forward, a token
+    state_bytes: int = 0  # a sequence
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters, self.flops + other.flops, self.state_bytes + other.state_bytes
+        )
+
+
+class Mixer(nn.Module):
+    """Mixes along the sequence. x is normed by the block; y is added to the residual stream there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Rows of fused weights that are matrices of their own, for optimizers that treat a matrix as a whole.
+        self.fused_rows: dict[str, tuple[int, ...]] = {}
+
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        """x ``[B, T, D]`` -> y ``[B, T, D]`` and the state after the last token (``[N, ...]`` when packed)."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")  # an abstract method
+
+    def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
+        """One token: x ``[B, D]`` -> y ``[B, D]``; the state's tensors (a pool ``[N, ...]``) change in place."""
+        raise NotImplementedError(f"{type(self).__name__}.step")  # an abstract method
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
+        """The state before any token; ``context``: tokens a growing cache should have room for."""
+        raise NotImplementedError(f"{type(self).__name__}.init_state")  # an abstract method
+
+    def init_weights(self) -> None:
+        """Fill the parameters with their initial values (torch's global generator)."""
+        raise NotImplementedError(f"{type(self).__name__}.init_weights")  # an abstract method
+
+    @staticmethod
+    def cost(config: ModelConfig, *, context: int, dtype_bytes: int) -> Cost:
+        """Parameters, FLOPs a token and state bytes a sequence of one layer, without building it."""
+        raise NotImplementedError("Mixer.cost")  # an abstract method
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` that uses every core for a single row on a CPU, where decoding spends its time.
+
+    One row times a matrix is bound by reading the weights, and torch's product for it runs on one core; as a batch
+    of two halves both memory channels work (1.85x faster for 2048 x 512 in float32 on two cores).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``; see `Linear`."""
+    rows, width = weight.shape
+    if x.device.type != "cpu" or x.numel() != width or torch.is_grad_enabled() or rows % 2 or weight.numel() < 2**16:
+        return F.linear(x, weight, bias)
+    y = torch.bmm(x.reshape(1, 1, width).expand(2, 1, width), weight.view(2, rows // 2, width).mT)
+    y = y.view(*x.shape[:-1], rows)
+    return y if bias is None else y + bias
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, without a gain, computed in float32 at least."""
+    return F.rms_norm(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def init_linear(weight: Tensor) -> None:
+    """Uniform with standard deviation 1/sqrt(3 fan_in) (torch's own choice for Linear)."""
+    bound = 1 / math.sqrt(weight.shape[-1])
+    nn.init.uniform_(weight, -bound, bound)

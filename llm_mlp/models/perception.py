@@ -1,0 +1,277 @@
+"""The perception mixer: heads whose second layer is written online by the context, and memorised units.
+
+The equations are in docs/model.md; letters in docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_mlp.config import ModelConfig
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, rms_norm
+from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, units_init
+from llm_mlp.ops.conv import causal_conv, causal_conv_step
+from llm_mlp.ops.perceive.chunked import CHUNK
+
+_UNITS = tuple(f"units.{name}" for name in Units._fields)
+
+
+class PerceptionMixer(Mixer):
+    """One layer of perception heads.
+
+    State: ``conv [N, K-1, C]`` (inputs of the convolution), ``fast_weights [N, G, F, m, V]`` (float32 or float64)
+    and ``units.*`` (`llm_mlp.ops.Units`); parts that the config switches off are absent.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        c = config.perception
+        self.groups, self.heads_per_group = c.groups, c.heads_per_group
+        self.read_width, self.features, self.value_width = c.read_width, c.features, c.value_width
+        self.erase, self.erase_max, self.decay = c.erase, c.erase_max, c.decay
+        self.block, self.slots, self.read = c.block, c.slots, c.read
+        self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
+        G, m, R, V, width = c.groups, c.heads_per_group, c.read_width, c.value_width, c.gate_rank
+        D, H = config.d_model, c.heads
+        self.qkv_split = (G * R, G * R, H * V)
+        channels = sum(self.qkv_split)
+        gates = [kind for kind, on in _gates(config) if on]
+        self.gate_names = gates
+        rows = (*self.qkv_split, *(width for _ in gates))
+        self.fused_rows = {"in_proj.weight": rows}
+        self.in_split = (channels, *(width for _ in gates))
+        self.in_proj = Linear(D, sum(rows), bias=False)
+        # Scalars a head: forgetting and the weight of what the memorised units say. Zero at the start.
+        self.head_split = (H if c.decay else 0, H if c.block else 0)
+        self.head_proj = Linear(D, sum(self.head_split)) if any(self.head_split) else None
+        self.conv = nn.Parameter(torch.empty(channels, c.conv_width)) if c.conv_width else None
+        self.slope = nn.Parameter(torch.empty(channels)) if c.learned_slope else None
+        erase_width = {"scalar": G, "diagonal": G, "free": G * c.features, "none": 0}[c.erase]
+        self.erase_up = Linear(width, erase_width) if "erase" in gates else None
+        self.erase_diagonal = nn.Parameter(torch.empty(G, c.features)) if c.erase == "diagonal" else None
+        self.write_up = Linear(width, H * V) if "write" in gates else None
+        self.output_up = Linear(width, H * V) if "output" in gates else None
+        self.log_rate = nn.Parameter(torch.empty(H)) if c.decay else None
+        self.first_layer = nn.Parameter(torch.empty(G, R, c.features)) if c.wide else None
+        self.first_slope = nn.Parameter(torch.empty(G, c.features)) if c.wide and c.learned_slope else None
+        self.surprise_gain = nn.Parameter(torch.empty(H)) if c.surprise else None
+        if c.block:
+            self.q_gain, self.k_gain = nn.Parameter(torch.empty(R)), nn.Parameter(torch.empty(R))
+            self.sink = nn.Parameter(torch.empty(G))
+        self.out_proj = Linear(H * V, D, bias=False)
+
+    def init_weights(self) -> None:
+        init_linear(self.in_proj.weight)
+        nn.init.zeros_(self.out_proj.weight)
+        if self.head_proj is not None:
+            nn.init.zeros_(self.head_proj.weight)
+            nn.init.zeros_(self.head_proj.bias)
+            nn.init.constant_(self.head_proj.bias[self.head_split[0] :], -1.0)
+        if self.conv is not None:
+            nn.init.normal_(self.conv, std=0.1)
+            nn.init.ones_(self.conv[:, -1])
+        for up, bias in ((self.erase_up, -math.log(3)), (self.write_up, 0.0), (self.output_up, 1.0)):
+            if up is not None:
+                nn.init.zeros_(up.weight)
+                nn.init.constant_(up.bias, bias)
+        for ones in (self.slope, self.first_slope):
+            if ones is not None:
+                nn.init.ones_(ones)
+        for zeros in (self.erase_diagonal, self.surprise_gain):
+            if zeros is not None:
+                nn.init.zeros_(zeros)
+        if self.first_layer is not None:
+            nn.init.normal_(self.first_layer, std=1.5 / math.sqrt(self.read_width))
+        if self.log_rate is not None:
+            # The ladder of time scales: half-life 1/rate, log-spaced in each group, longer in deeper layers.
+            short, long = self.half_life
+            long *= 2 ** (4 * self.layer / self.n_layers)
+            ladder = torch.linspace(math.log(short), math.log(long), self.heads_per_group)
+            with torch.no_grad():
+                self.log_rate.copy_(-ladder.repeat(self.groups))
+        if self.block:
+            nn.init.ones_(self.q_gain)
+            nn.init.ones_(self.k_gain)
+            nn.init.zeros_(self.sink)
+
+    # -- the pieces that whole sequences and single tokens share; leading dimensions are [B, T] or [B] ---------
+
+    def _inputs(self, x: Tensor, qkv: Tensor, low: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the convolved q, k, v and the gates' low-rank parts to the ops' inputs."""
+        G, m, V = self.groups, self.heads_per_group, self.value_width
+        u = qkv.float() if qkv.dtype in (torch.bfloat16, torch.float16) else qkv
+        u = (u * torch.sigmoid(u if self.slope is None else u * self.slope)).to(qkv.dtype)
+        q, k, v = (t.unflatten(-1, (G, -1)) for t in u.split(self.qkv_split, -1))
+        w = v.unflatten(-1, (m, V))
+        if self.write_up is not None:
+            w = w * (2 * torch.sigmoid(self.write_up(low["write"]))).view_as(w)
+        out = {"q": self._first(q), "k": self._first(k), "w": w}
+        out["e"] = self._erase(out["k"], low)
+        heads = self.head_proj(x) if self.head_proj is not None else None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        shape = (*x.shape[:-1], G, m)
+        if self.log_rate is not None and heads is not None:
+            rate = F.softplus(heads[..., : self.head_split[0]].to(wide)) * self.log_rate.to(wide).exp()
+            out["log_decay"] = -rate.view(shape)
+        else:
+            out["log_decay"] = x.new_zeros(shape, dtype=wide)
+        if self.block and heads is not None:
+            out["units_gate"] = torch.sigmoid(heads[..., self.head_split[0] :]).view(*shape, 1)
+            out["units_q"] = rms_norm(q, self.eps) * self.q_gain.to(q.dtype)
+            out["units_k"] = rms_norm(k, self.eps) * self.k_gain.to(k.dtype)
+        return out
+
+    def _first(self, z: Tensor) -> Tensor:
+        """First layer of the heads, phi: ``[..., G, R]`` -> ``[..., G, F]``, of unit length."""
+        if self.first_layer is not None:
+            z = torch.einsum("...gr,grf->...gf", rms_norm(z, self.eps), self.first_layer.to(z.dtype))
+            z = z * torch.sigmoid(z if self.first_slope is None else z * self.first_slope.to(z.dtype))
+        wide = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+        return F.normalize(wide, dim=-1).to(z.dtype)
+
+    def _erase(self, k: Tensor, low: dict[str, Tensor]) -> Tensor:
+        if self.erase_up is None:
+            return torch.zeros_like(k)
+        beta = self.erase_max * torch.sigmoid(self.erase_up(low["erase"]))
+        if self.erase == "free":
+            return k * beta.view_as(k).to(k.dtype)
+        e = k * beta[..., None].to(k.dtype)
+        if self.erase_diagonal is not None:
+            # Largest entry 1: then beta k^T (d k) <= beta <= 1.98, contractive in the norm weighted by d.
+            d = torch.exp(self.erase_diagonal - self.erase_diagonal.amax(-1, keepdim=True))
+            e = e * d.to(k.dtype)
+        return e
+
+    def _output(self, y: Tensor, units: Tensor | None, i: dict[str, Tensor], residual: Tensor, low: dict) -> Tensor:
+        """From what the heads read to the residual stream."""
+        if units is not None:
+            y = y + i["units_gate"].to(y.dtype) * units
+        y = rms_norm(y, self.eps)
+        if self.surprise_gain is not None:
+            u, w = residual.clamp(min=1e-12).sqrt(), i["w"].to(residual.dtype).norm(dim=-1)
+            gain = self.surprise_gain.to(u.dtype).view(u.shape[-2:])
+            y = y * (1 + gain * u / (u + w + 1e-6))[..., None].to(y.dtype)
+        y = y.flatten(-3)
+        if self.output_up is not None:
+            y = y * torch.sigmoid(self.output_up(low["output"]))
+        return self.out_proj(y)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        qkv, *low = self.in_proj(x).split(self.in_split, -1)
+        return qkv, dict(zip(self.gate_names, low, strict=True))
+
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        before: State = state or {}
+        after: State = {}
+        qkv, low = self._project(x)
+        if self.conv is not None:
+            qkv, after["conv"] = causal_conv(qkv, self.conv, before.get("conv"), cu_seqlens=cu_seqlens)
+        i = self._inputs(x, qkv, low)
+        y, after["fast_weights"], residual = perceive(
+            i["q"],
+            i["k"],
+            i["e"],
+            i["w"],
+            i["log_decay"],
+            before.get("fast_weights"),
+            cu_seqlens=cu_seqlens,
+            return_residual=True,
+        )
+        read = None
+        if self.block:
+            units = Units(*(before[name] for name in _UNITS)) if state else None
+            score = residual.detach().sum(-1)  # surprise of a token for the group
+            read, units = memorise(
+                i["units_q"],
+                i["units_k"],
+                i["w"],
+                score,
+                self.sink,
+                units,
+                block=self.block,
+                slots=self.slots,
+                activation=self.read,
+                cu_seqlens=cu_seqlens,
+            )
+            after.update(zip(_UNITS, units, strict=True))
+        return self._output(y, read, i, residual, low), after
+
+    def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
+        qkv, low = self._project(x)
+        if self.conv is not None:
+            qkv = causal_conv_step(qkv, self.conv, state["conv"], state_indices)
+        i = self._inputs(x, qkv, low)
+        y, residual = perceive_step(
+            i["q"],
+            i["k"],
+            i["e"],
+            i["w"],
+            i["log_decay"],
+            state["fast_weights"],
+            state_indices,
+            return_residual=True,
+        )
+        read = None
+        if self.block:
+            read = memorise_step(
+                i["units_q"],
+                i["units_k"],
+                i["w"],
+                residual.sum(-1),
+                self.sink,
+                Units(*(state[name] for name in _UNITS)),
+                state_indices,
+                block=self.block,
+                slots=self.slots,
+                activation=self.read,
+            )
+        return self._output(y, read, i, residual, low)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
+        G, m, V = self.groups, self.heads_per_group, self.value_width
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state: State = {}
+        if self.conv is not None:
+            shape = (batch, self.conv.shape[1] - 1, self.conv.shape[0])
+            state["conv"] = torch.zeros(shape, dtype=dtype, device=device)
+        state["fast_weights"] = torch.zeros((batch, G, self.features, m, V), dtype=wide, device=device)
+        if self.block:
+            units = units_init(
+                batch, G, self.read_width, m, V, block=self.block, slots=self.slots, dtype=dtype, device=device
+            )
+            state.update(zip(_UNITS, units, strict=True))
+        return state
+
+    @staticmethod
+    def cost(config: ModelConfig, *, context: int, dtype_bytes: int) -> Cost:
+        c = config.perception
+        D, G, H, R, W, V, r = config.d_model, c.groups, c.heads, c.read_width, c.features, c.value_width, c.gate_rank
+        values = H * V
+        channels = 2 * G * R + values
+        gates = [kind for kind, on in _gates(config) if on]
+        up = {"erase": G * W if c.erase == "free" else G, "write": values, "output": values}
+        heads = H * (c.decay + bool(c.block))
+        matrices = D * (channels + r * len(gates)) + D * heads + sum(r * up[g] for g in gates) + values * D
+        vectors = channels * c.conv_width + heads + sum(up[g] for g in gates) + H * c.decay + H * c.surprise
+        vectors += channels * c.learned_slope + (G * W if c.erase == "diagonal" else 0)
+        vectors += G * W if c.wide and c.learned_slope else 0
+        vectors += 2 * R + G if c.block else 0
+        first = G * R * W if c.wide else 0
+        rows = c.slots + c.block
+        perceiving = G * (4 * CHUNK * W + 6 * W * values // G) + 4 * CHUNK * values
+        remembering = 2 * rows * (G * R + values) if c.block else 0
+        wide_bytes = max(4, dtype_bytes)
+        state = max(c.conv_width - 1, 0) * channels * dtype_bytes + W * values * wide_bytes
+        if c.block:
+            state += rows * (G * R + values) * dtype_bytes + rows * G * wide_bytes + 8
+        return Cost(matrices + first + vectors, 2 * matrices + 4 * first + perceiving + remembering, state)
+
+
+def _gates(config: ModelConfig) -> tuple[tuple[str, bool], ...]:
+    """The low-rank gates in the order of the fused projection, and whether they are on."""
+    c = config.perception
+    return ("erase", c.erase != "none"), ("write", c.write_gate), ("output", c.output_gate)

@@ -1,0 +1,100 @@
+"""The one dispatcher of the ops: which implementation runs, and why.
+
+``auto`` chooses and says so once per op and device; an explicit choice never falls back to another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+
+log = logging.getLogger("llm_mlp.ops")
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+_logged: set[tuple[str, str, str]] = set()
+_debug = False
+
+
+def choose(op: str, backend: str, device: torch.device) -> str:
+    """The implementation that runs: ``"reference"`` or ``"chunked"``.
+
+    Raises:
+        ValueError: unknown name. NotImplementedError: ``triton``, which this version does not have.
+    """
+    if backend == "auto":
+        key = (op, "chunked", device.type)
+        if key not in _logged and not torch.compiler.is_compiling():
+            _logged.add(key)
+            why = "no kernels for CUDA in this version" if device.type == "cuda" else f"the fast path on {device.type}"
+            log.info("%s: backend chunked (%s)", op, why)
+        return "chunked"
+    if backend in ("reference", "chunked"):
+        return backend
+    if backend == "triton":
+        raise ValueError(f"{op}: backend 'triton' is not in this version; use 'auto' or 'chunked'")
+    raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+
+
+def set_debug_checks(on: bool) -> None:
+    """Switch the value checks (NaN inputs, positive decays) of every op; they read the data, so they cost time."""
+    global _debug
+    _debug = on
+
+
+@contextlib.contextmanager
+def debug_checks(on: bool = True) -> Iterator[None]:
+    """`set_debug_checks` for the length of a ``with`` block."""
+    before = _debug
+    set_debug_checks(on)
+    try:
+        yield
+    finally:
+        set_debug_checks(before)
+
+
+def check_values(op: str, *, log_decay: torch.Tensor | None = None, score: torch.Tensor | None = None, **tensors):
+    """Under the debug switch: raise `ValueError` naming the tensor that is NaN, or decays above 0."""
+    if not _debug:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{op}: {name} has NaN or infinite values")
+    if log_decay is not None and not bool((log_decay <= 0).all()):
+        raise ValueError(f"{op}: log_decay must be <= 0 and not NaN (largest {log_decay.max().item():.4g})")
+    if score is not None and not bool((score < torch.inf).all()):
+        raise ValueError(f"{op}: score must be finite or -inf, not NaN or +inf")
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """dtype of states and sums: float64 if the inputs are, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def sequence_bounds(cu_seqlens: torch.Tensor, batch: int, length: int, op: str) -> list[int]:
+    """``cu_seqlens`` as a list, checked: CPU integers, from 0 to T, non-decreasing, B = 1.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(f"{op}: cu_seqlens must be on the CPU (it decides shapes); it is on {cu_seqlens.device}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{op}: cu_seqlens must be a vector of N+1 int32 or int64, got {tuple(cu_seqlens.shape)}")
+    bounds = cu_seqlens.tolist()
+    if batch != 1:
+        raise ValueError(f"{op}: with cu_seqlens the batch must be 1 (sequences are packed along T), got B = {batch}")
+    if bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"{op}: cu_seqlens must go from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
+    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"{op}: cu_seqlens decreases at {i + 1}: {a} then {b}")
+    return bounds
+
+
+def expect(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless ``tensor`` has ``shape``."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")

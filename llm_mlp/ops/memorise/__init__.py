@@ -1,0 +1,162 @@
+"""`memorise`: a bounded number of hidden units that are tokens, read exactly.
+
+Per group, the rows of the open block and of the ``slots`` earlier tokens with the largest score are read by::
+
+    z_j = q . k_j / sqrt(R)      p_j = relu(z_j)^2 / (sum relu(z)^2 + e^sink)     (relu2)
+                                 p   = softmax([sink, z]) without the sink's share (softmax)
+    y_h = sum_j p_j w_h[j]
+
+The ReLU^2 form is an MLP whose hidden units are tokens; the softmax form is what the field calls attention over a
+bounded set. Neither grows with the context. After arXiv 2607.02303.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, expect, sequence_bounds
+from llm_mlp.ops.memorise import chunked, reference, step
+from llm_mlp.ops.memorise.units import Units, check_sizes, check_units, units_init
+from llm_mlp.ops.perceive import check_indices
+
+ACTIVATIONS = ("relu2", "softmax")
+
+
+def memorise(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    sink: Tensor,
+    units: Units | None = None,
+    *,
+    block: int = 256,
+    slots: int = 64,
+    activation: str = "relu2",
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Units]:
+    """Read and write the memorised units over T tokens.
+
+    Args:
+        q, k: ``[B, T, G, R]``, RMS-normed with gains by the caller.
+        w: values ``[B, T, G, m, V]``, same dtype as q and k.
+        score: ``[B, T, G]``, how much a token deserves a slot; finite or -inf (-inf: never kept in a slot, still
+            read inside its block). No gradient.
+        sink: ``[G]``, between -80 and 80.
+        units: what was memorised before the first token; None is `units_init`.
+        block, slots: tokens of the open block and number of slots; block = 0 requires slots = 0 and gives y = 0.
+        activation: ``relu2 | softmax``.
+        cu_seqlens: CPU integers ``[N+1]``: N packed sequences (B = 1), units ``[N, ...]``; blocks count from each
+            sequence's own carried length.
+        backend: ``auto | reference | chunked | triton``.
+
+    Returns:
+        y ``[B, T, G, m, V]`` in w's dtype, and the units after the last token.
+
+    Raises:
+        ValueError: shapes, dtypes, sizes, cu_seqlens, activation or backend that do not fit.
+    """
+    dims, bounds = _check("memorise", k, w, score, units, block, slots, cu_seqlens)
+    B, T, G, R, m, V = dims
+    expect("memorise", "q", q, (B, T, G, R))
+    expect("memorise", "sink", sink, (G,))
+    if q.dtype != k.dtype:
+        raise ValueError(f"memorise: q and k must have one dtype; got {q.dtype} and {k.dtype}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"memorise: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    check_values("memorise", q=q, k=k, w=w, sink=sink, score=score)
+    before = _carried(units, k, w, bounds, block, slots)
+    score = score.detach().to(before.scores.dtype)
+    kind = choose("memorise", backend, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        if kind == "reference":
+            return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
+        return chunked.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, fresh=units is None)
+
+
+def units_select(
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    units: Units | None = None,
+    *,
+    block: int = 256,
+    slots: int = 64,
+    cu_seqlens: Tensor | None = None,
+) -> Units:
+    """The units that `memorise` leaves, without a read; arguments as there."""
+    _, bounds = _check("units_select", k, w, score, units, block, slots, cu_seqlens)
+    check_values("units_select", k=k, w=w, score=score)
+    units = _carried(units, k, w, bounds, block, slots)
+    return chunked.units_select(k, w, score.detach().to(units.scores.dtype), units, block, slots, bounds)
+
+
+def memorise_step(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    sink: Tensor,
+    units: Units,
+    state_indices: Tensor | None = None,
+    *,
+    block: int = 256,
+    slots: int = 64,
+    activation: str = "relu2",
+) -> Tensor:
+    """One token of a batch: writes the token's row, reads, takes a full block into the slots, advances length.
+
+    Args:
+        q, k: ``[B, G, R]``. w: ``[B, G, m, V]``. score: ``[B, G]``. sink: ``[G]``.
+        units: pool of N, changed in place. state_indices: as in `perceive_step`.
+
+    Returns:
+        y ``[B, G, m, V]`` in w's dtype; 0 in padding rows. Not differentiable.
+    """
+    if k.ndim != 3 or w.ndim != 4:
+        raise ValueError(f"memorise_step: k {tuple(k.shape)} and w {tuple(w.shape)} must be [B, G, R] and [B, G, m, V]")
+    B, G, R = k.shape
+    m, V = w.shape[-2:]
+    for name, tensor, shape in (("q", q, (B, G, R)), ("w", w, (B, G, m, V)), ("score", score, (B, G))):
+        expect("memorise_step", name, tensor, shape)
+    expect("memorise_step", "sink", sink, (G,))
+    check_sizes("memorise_step", block, slots)
+    N = units.length.shape[0] if state_indices is not None else B
+    check_units("memorise_step", units, (N, G, R, m, V), block, slots)
+    check_indices("memorise_step", state_indices, B, N)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"memorise_step: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    check_values("memorise_step", q=q, k=k, w=w, sink=sink, score=score)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return step.memorise_step(q, k, w, score, sink, units, state_indices, block, slots, activation)
+
+
+def _check(op, k, w, score, units, block, slots, cu_seqlens):
+    """Checks what `memorise` and `units_select` share; returns (B, T, G, R, m, V) and the sequence bounds."""
+    if k.ndim != 4 or w.ndim != 5 or not k.is_floating_point():
+        raise ValueError(f"{op}: k {tuple(k.shape)} and w {tuple(w.shape)} must be [B, T, G, R] and [B, T, G, m, V]")
+    B, T, G, R = k.shape
+    m, V = w.shape[-2:]
+    expect(op, "w", w, (B, T, G, m, V))
+    expect(op, "score", score, (B, T, G))
+    if k.dtype != w.dtype:
+        raise ValueError(f"{op}: k and w must have one dtype; got {k.dtype} and {w.dtype}")
+    check_sizes(op, block, slots)
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, B, T, op)
+    if units is not None:
+        check_units(op, units, (B if bounds is None else len(bounds) - 1, G, R, m, V), block, slots)
+    return (B, T, G, R, m, V), bounds
+
+
+def _carried(units: Units | None, k: Tensor, w: Tensor, bounds: list[int] | None, block: int, slots: int) -> Units:
+    """The units before the first token, in the dtypes of the inputs."""
+    B, _, G, R = k.shape
+    m, V = w.shape[-2:]
+    if units is None:
+        N = B if bounds is None else len(bounds) - 1
+        return units_init(N, G, R, m, V, block=block, slots=slots, dtype=k.dtype, device=k.device)
+    return Units(
+        units.keys.to(k.dtype), units.values.to(w.dtype), units.scores.to(accumulation_dtype(k, w)), units.length
+    )

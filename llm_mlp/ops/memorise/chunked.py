@@ -1,0 +1,166 @@
+"""`memorise` a block at a time in plain torch: linear in T, differentiable, on any device.
+
+Tokens are laid out in blocks aligned to their sequence's start, the filled rows of the carried open block first.
+A chain of small stable sorts over the blocks decides every block's slots (only scores travel in it); then all
+blocks read at once: queries [block] against keys [slots + block], taken from one pool of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_mlp.ops.backend import accumulation_dtype
+from llm_mlp.ops.layout import Pieces, pieces
+from llm_mlp.ops.memorise.units import Units, ranked, take_rows
+
+# Scores of a batch of blocks are [.., block, slots + block]; more than this many numbers are read in several goes.
+_READ_NUMBERS = 2**28
+
+
+class _Rows(NamedTuple):
+    """Every row that can be read, and which. b blocks, P = N*slots + b*block rows in the pools."""
+
+    layout: Pieces
+    keys: Tensor  # [P, G, R]: all carried slots, then the blocks' places
+    values: Tensor  # [P, G, m V]
+    place: Tensor  # [b, G, slots] the slots a block sees, as places in the pool
+    used: Tensor  # [b, G, slots] whether they hold a token
+
+
+def _prepare(
+    k: Tensor, w: Tensor, score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None, fresh: bool
+) -> tuple[_Rows, Units]:
+    """The rows to read, and the units after the last token."""
+    B, T, G = k.shape[:3]
+    N = units.length.shape[0]
+    device = k.device
+    lead = None if fresh else units.length % block
+    layout = pieces(block, B, T, bounds, device, lead)
+
+    def pooled(x: Tensor, carried: Tensor) -> Tensor:
+        opened = None if fresh else carried[:, :, slots:].transpose(1, 2)
+        return torch.cat([carried[:, :, :slots].transpose(1, 2).flatten(0, 1), layout.split(x, opened).flatten(0, 1)])
+
+    keys, values = pooled(k, units.keys), pooled(w.flatten(3), units.values.flatten(3))
+    opened = None if fresh else units.scores[:, :, slots:].transpose(1, 2)
+    scores = layout.split(score, opened).transpose(1, 2)  # [b, G, block]
+    real = layout.real
+    if real is None:
+        n = len(layout.rounds)
+        real = (torch.arange(n * block, device=device) < T).view(n, block).repeat_interleave(B, 0)
+    scores = torch.where(real[:, None], scores, -torch.inf)
+
+    # The chain, sequences in the layout's order. An open block is not taken in.
+    lengths = torch.full((N,), T, device=device) if bounds is None else _differences(bounds, device)
+    filled = torch.zeros_like(lengths) if lead is None else lead
+    full = (filled + lengths) // block  # blocks completed
+    order = torch.arange(N, device=device) if layout.order is None else layout.order
+    place = order[:, None, None] * slots + torch.arange(slots, device=device).expand(N, G, slots)
+    top = units.scores[order][:, :, :slots]
+    places, tops, ended = [], [], []
+    rows = torch.arange(block, device=device)
+    for r, here in enumerate(layout.slices()):
+        active = here.stop - here.start
+        if active < place.shape[0]:
+            ended.append((place[active:], top[active:]))
+            place, top = place[:active], top[:active]
+        places.append(place)
+        tops.append(top)
+        ids = torch.arange(here.start, here.stop, device=device)[:, None, None]
+        pick, best = ranked(torch.cat([top, scores[here]], -1), slots)
+        chosen = torch.cat([place, N * slots + ids * block + rows.expand(active, G, block)], -1).gather(-1, pick)
+        done = (r < full[order[:active]])[:, None, None]
+        place, top = torch.where(done, chosen, place), torch.where(done, best, top)
+    ended.append((place, top))
+    rank = order if layout.rank is None else layout.rank
+    place, top = (torch.cat([e[i] for e in ended[::-1]])[rank] for i in (0, 1))
+
+    # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
+    starts = torch.tensor([*layout.starts, 0], device=device)
+    last = (starts[full.clamp(max=len(layout.rounds))] + rank).clamp(max=layout.count - 1)  # [N] its piece
+    opened_real = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
+    open_place = (N * slots + last[:, None] * block + rows)[:, None].expand(N, G, block)
+    every = torch.cat([place, open_place], -1)
+    used = torch.cat([top > -torch.inf, opened_real[:, None].expand(N, G, block)], -1)
+    open_scores = torch.where(opened_real[:, None], scores[last], -torch.inf)
+    left = Units(
+        take_rows(keys, every, used),
+        take_rows(values, every, used).unflatten(-1, w.shape[-2:]),
+        torch.cat([top, open_scores], -1),
+        units.length + lengths,
+    )
+    return _Rows(layout, keys, values, torch.cat(places), torch.cat(tops) > -torch.inf), left
+
+
+def _differences(bounds: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, device=device).diff()
+
+
+def _unread(units: Units, T: int, bounds: list[int] | None) -> Units:
+    """Only the length moves on (no block, or no tokens)."""
+    return units._replace(length=units.length + (T if bounds is None else _differences(bounds, units.length.device)))
+
+
+def is_fresh(units: Units, block: int) -> bool:
+    """Whether no sequence carries an open block, as far as can be told without waiting for a GPU."""
+    return not units.length.is_cuda and not bool((units.length % max(block, 1)).any())
+
+
+def units_select(
+    k: Tensor, w: Tensor, score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None
+) -> Units:
+    """As `llm_mlp.ops.units_select` on checked inputs."""
+    if block == 0 or k.shape[1] == 0:
+        return _unread(units, k.shape[1], bounds)
+    return _prepare(k, w, score, units, block, slots, bounds, is_fresh(units, block))[1]
+
+
+def memorise(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    sink: Tensor,
+    units: Units,
+    block: int,
+    slots: int,
+    activation: str,
+    bounds: list[int] | None,
+    fresh: bool = False,
+) -> tuple[Tensor, Units]:
+    """As `llm_mlp.ops.memorise` on checked inputs; ``fresh``: no sequence carries an open block."""
+    if block == 0 or q.shape[1] == 0:
+        return torch.zeros_like(w), _unread(units, q.shape[1], bounds)
+    rows, left = _prepare(k, w, score, units, block, slots, bounds, fresh or is_fresh(units, block))
+    q = rows.layout.split(q).transpose(1, 2)  # [b, G, block, R]
+    sink = sink.to(accumulation_dtype(q, k, w)).view(1, -1, 1, 1)
+    b, G = q.shape[:2]
+    span = max(1, _READ_NUMBERS // (G * block * (slots + block)))
+    ys = [_read(q, rows, sink, slice(a, min(a + span, b)), block, slots, activation) for a in range(0, b, span)]
+    y = ys[0] if len(ys) == 1 else torch.cat(ys)
+    return rows.layout.join(y.transpose(1, 2)).unflatten(-1, w.shape[-2:]), left
+
+
+def _read(q: Tensor, rows: _Rows, sink: Tensor, here: slice, block: int, slots: int, activation: str) -> Tensor:
+    """The blocks ``here`` read: queries ``[b, G, block, R]`` -> ``[n, G, block, m V]``."""
+    q, place, used = q[here], rows.place[here], rows.used[here]
+    n, G = q.shape[:2]
+    carried = rows.keys.shape[0] - rows.layout.count * block
+
+    def seen_rows(pool: Tensor) -> Tensor:
+        own = pool[carried + here.start * block : carried + here.stop * block].unflatten(0, (n, block)).transpose(1, 2)
+        return own if slots == 0 else torch.cat([take_rows(pool, place), own], 2)
+
+    z = (q @ seen_rows(rows.keys).mT).to(sink.dtype) * q.shape[-1] ** -0.5  # [n, G, block, slots + block]
+    causal = torch.ones(block, block, dtype=torch.bool, device=q.device).tril().expand(n, G, block, block)
+    seen = torch.cat([used[:, :, None].expand(n, G, block, slots), causal], -1)
+    if activation == "softmax":
+        masked = torch.where(seen, z, -torch.inf)
+        p = torch.softmax(torch.cat([sink.expand(n, G, block, 1), masked], -1), -1)[..., 1:]
+    else:
+        r2 = torch.where(seen, z, 0).relu().square()
+        p = r2 / (r2.sum(-1, keepdim=True) + sink.exp())
+    return p.to(q.dtype) @ seen_rows(rows.values)

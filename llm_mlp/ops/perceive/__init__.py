@@ -1,0 +1,156 @@
+"""`perceive`: the online-written second layer of perception heads (a gated delta rule with shared keys).
+
+For every head (letters in docs/notation.md; architecture: a group's heads share q, k and e)::
+
+    u_t = w_t - e_t^T exp(log_decay_t) S_{t-1}
+    S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T
+    y_t = S_t^T q_t
+
+With F = R, m = 1, e = beta k and w = beta v this is Gated DeltaNet (arXiv 2412.06464).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, expect, sequence_bounds
+from llm_mlp.ops.perceive import chunked, reference, step
+
+
+def perceive(
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    return_residual: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Read and write the second layers over T tokens.
+
+    Args:
+        q, k, e: read, key and erase vectors ``[B, T, G, F]``.
+        w: what is written ``[B, T, G, m, V]``; same dtype as q, k, e.
+        log_decay: ``[B, T, G, m]``, at most 0; ``-inf`` forgets everything before the token.
+        state: second layers before the first token ``[B, G, F, m, V]``; None is zeros.
+        cu_seqlens: CPU integers ``[N+1]``: N sequences are packed along T (B = 1); state is ``[N, G, F, m, V]``.
+        return_residual: also return ``|u_t|^2``.
+        backend: ``auto | reference | chunked | triton``.
+
+    Returns:
+        ``(y, state)`` or ``(y, state, residual)``: y ``[B, T, G, m, V]`` in w's dtype; the state after the last
+        token and the residual ``[B, T, G, m]`` in float64 if the inputs are, else float32. All differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes, cu_seqlens or backend that do not fit.
+    """
+    B, T, G, F = _shape("perceive", q, 4)
+    m, V = w.shape[-2:] if w.ndim == 5 else (0, 0)
+    for name, tensor, shape in (("k", k, (B, T, G, F)), ("e", e, (B, T, G, F)), ("w", w, (B, T, G, m, V))):
+        expect("perceive", name, tensor, shape)
+    expect("perceive", "log_decay", log_decay, (B, T, G, m))
+    _same_dtype("perceive", q=q, k=k, e=e, w=w)
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, B, T, "perceive")
+    N = B if bounds is None else len(bounds) - 1
+    dtype = accumulation_dtype(q, k, e, w, log_decay)
+    if state is None:
+        state = q.new_zeros((N, G, F, m, V), dtype=dtype)
+    else:
+        expect("perceive", "state", state, (N, G, F, m, V))
+        state = state.to(dtype)
+    check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
+    run = reference.perceive if choose("perceive", backend, q.device) == "reference" else chunked.perceive
+    # Under autocast the products below would be cast behind our back; the ops choose their own precision.
+    with torch.autocast(q.device.type, enabled=False):
+        y, state, residual = run(q, k, e, w, log_decay.to(dtype), state, bounds)
+    return (y, state, residual) if return_residual else (y, state)
+
+
+def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """A span of tokens as the map ``S -> exp(log_a) P S + Z`` (Z is the state the span leaves from zero).
+
+    Args:
+        k, e: ``[B, T, G, F]``. log_decay: ``[B, T, G, m]``, at most 0, ``-inf`` allowed.
+
+    Returns:
+        P ``[B, G, F, F]``, the product of ``I - k e^T`` from the last token to the first, shared by the group, and
+        log_a ``[B, G, m]``; float64 if the inputs are, else float32. T = 0 gives the identity and 0.
+    """
+    B, T, G, F = _shape("perceive_transition", k, 4)
+    expect("perceive_transition", "e", e, (B, T, G, F))
+    if log_decay.ndim != 4:
+        raise ValueError(f"perceive_transition: log_decay has shape {tuple(log_decay.shape)}, expected [B, T, G, m]")
+    expect("perceive_transition", "log_decay", log_decay, (B, T, G, log_decay.shape[-1]))
+    _same_dtype("perceive_transition", k=k, e=e)
+    check_values("perceive_transition", k=k, e=e, log_decay=log_decay)
+    dtype = accumulation_dtype(k, e, log_decay)
+    with torch.autocast(k.device.type, enabled=False):
+        return chunked.transition(k, e, dtype), log_decay.to(dtype).sum(1)
+
+
+def perceive_step(
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    states: Tensor,
+    state_indices: Tensor | None = None,
+    *,
+    return_residual: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One token of a batch; ``states`` change in place. Not differentiable.
+
+    Args:
+        q, k, e: ``[B, G, F]``. w: ``[B, G, m, V]``. log_decay: ``[B, G, m]``.
+        states: pool of second layers ``[N, G, F, m, V]``, any float dtype (arithmetic in float32 or float64).
+        state_indices: distinct integers ``[B]``: row b uses ``states[state_indices[b]]``; -1 is a padding row
+            (y = 0, nothing written). None: row b uses ``states[b]`` and N = B.
+        return_residual: also return ``|u|^2`` ``[B, G, m]``.
+
+    Returns:
+        y ``[B, G, m, V]`` in w's dtype, or ``(y, residual)``.
+    """
+    B, G, F = _shape("perceive_step", q, 3)
+    m, V = w.shape[-2:] if w.ndim == 4 else (0, 0)
+    for name, tensor, shape in (("k", k, (B, G, F)), ("e", e, (B, G, F)), ("w", w, (B, G, m, V))):
+        expect("perceive_step", name, tensor, shape)
+    expect("perceive_step", "log_decay", log_decay, (B, G, m))
+    N = states.shape[0] if state_indices is not None else B
+    expect("perceive_step", "states", states, (N, G, F, m, V))
+    check_indices("perceive_step", state_indices, B, N)
+    check_values("perceive_step", q=q, k=k, e=e, w=w, states=states, log_decay=log_decay)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        y, residual = step.perceive_step(q, k, e, w, log_decay, states, state_indices)
+    return (y, residual) if return_residual else y
+
+
+def check_indices(op: str, indices: Tensor | None, batch: int, pool: int) -> None:
+    """``state_indices`` of a step: integers [B]; on the CPU also in range and distinct (-1 may repeat)."""
+    if indices is None:
+        return
+    expect(op, "state_indices", indices, (batch,))
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: state_indices must be int32 or int64, got {indices.dtype}")
+    if indices.device.type == "cpu":
+        used = [i for i in indices.tolist() if i != -1]
+        if any(not 0 <= i < pool for i in used):
+            raise ValueError(f"{op}: state_indices {used} outside 0 .. {pool - 1}")
+        if len(set(used)) != len(used):
+            raise ValueError(f"{op}: state_indices {used} are not distinct")
+
+
+def _shape(op: str, q: Tensor, ndim: int) -> torch.Size:
+    if q.ndim != ndim or not q.is_floating_point():
+        raise ValueError(f"{op}: expected float tensors of {ndim} dimensions, got {tuple(q.shape)} {q.dtype}")
+    return q.shape
+
+
+def _same_dtype(op: str, **tensors: Tensor) -> None:
+    if len({t.dtype for t in tensors.values()}) > 1:
+        kinds = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise ValueError(f"{op}: {', '.join(tensors)} must have one dtype; got {kinds}")

@@ -1,0 +1,86 @@
+"""What a run shows and records: progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llm_mlp.config import TrainConfig
+
+log = logging.getLogger("llm_mlp.train")
+
+
+class Console:
+    """Progress on the terminal (a line every ``log_every`` steps where it is none), metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run: Path, config: TrainConfig, start: int, quiet: bool) -> None:
+        self.config, self.run = config, run
+        self.interactive = sys.stderr.isatty() and not quiet
+        self.quiet = quiet
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            disable=not self.interactive,
+            console=_stderr(),
+        )
+        self.task = self.bar.add_task(run.name, total=config.steps, completed=start, status="")
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        self._held_out = ""
+
+    def __enter__(self) -> Console:
+        self._file = (self.run / "metrics.jsonl").open("a", encoding="utf8")
+        # TensorBoard's writer brings much with it; imported where it is used.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.run / "tensorboard"))
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self._board.close()
+        if self._file:
+            self._file.close()
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        shown = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tok/s{self._held_out}"
+        self.bar.update(self.task, completed=step, status=shown)
+        if step % self.config.log_every and step != self.config.steps and step != 1:
+            return
+        self._record(step, values)
+        if not self.interactive and not self.quiet:
+            print(f"{self.run.name} step {step}/{self.config.steps}  {shown}", file=sys.stderr, flush=True)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self._record(step, values)
+        self._held_out = f"  held-out {values['bits_per_byte']:.3f} bits/byte"
+        if not self.interactive and not self.quiet:
+            print(f"{self.run.name} step {step}{self._held_out}", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self.bar.console.print(line, highlight=False)
+
+
+def _stderr() -> Any:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(stderr=True)

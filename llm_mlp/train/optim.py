@@ -1,0 +1,140 @@
+"""Muon for matrices with AdamW for the rest, or AdamW alone.
+
+Muon (Jordan 2024; scaled to AdamW's root mean square as in arXiv 2502.16982) orthogonalises a whole logical matrix.
+Fused weights are cut at their seams first (q, k, v and each gate are matrices of their own) and per-group weights
+[G, R, F] are G matrices. Embedding, head, vectors, convolutions and matrices with a side below 32 go to AdamW.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from llm_mlp.config import OptimizerConfig
+from llm_mlp.models import LM
+
+MUON_SIDE = 32  # smallest side of a matrix that Muon takes
+
+
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+    """Approximately U V^T of each matrix ``[..., r, c]`` (quintic iteration of Muon).
+
+    Runs in bfloat16 on CUDA, in the matrices' own dtype elsewhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16() if x.is_cuda and x.dtype != torch.float64 else x
+    flip = y.shape[-2] > y.shape[-1]
+    if flip:
+        y = y.mT
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = y @ y.mT
+        y = a * y + (b * s + c * (s @ s)) @ y
+    return (y.mT if flip else y).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """``rows`` of a parameter group: per parameter, the rows of the matrices stacked in it (empty: one matrix)."""
+
+    def __init__(self, groups: Iterable[dict], *, lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(list(groups), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            # Matrices of one shape are orthogonalised as one batch.
+            shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p, rows in zip(group["params"], group["rows"], strict=True):
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                parts = (p.split(rows), update.split(rows)) if rows else ([p], [update])
+                if p.ndim == 3:
+                    parts = (p.unbind(0), update.unbind(0))
+                for own, change in zip(*parts, strict=True):
+                    shapes[own.shape[-2], own.shape[-1]].append((own, change))
+            for (r, c), pairs in shapes.items():
+                change = newton_schulz(torch.stack([u for _, u in pairs]))
+                scale = -group["lr"] * 0.2 * max(r, c) ** 0.5
+                torch._foreach_add_([own for own, _ in pairs], list(change.unbind(0)), alpha=scale)
+
+
+def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model; together they hold every parameter once (asserted)."""
+    fused = model.fused_rows()
+    matrices: list[nn.Parameter] = []
+    rows: list[tuple[int, ...]] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        parts = fused.get(name, ())
+        smallest = min([*p.shape[-2:], *parts]) if p.ndim >= 2 else 0
+        is_matrix = name.startswith("blocks.") and p.ndim in (2, 3) and smallest >= MUON_SIDE
+        if config.name == "muon" and is_matrix:
+            matrices.append(p)
+            rows.append(parts)
+        elif config.name == "adamw" and is_matrix:
+            decayed.append(p)
+        else:
+            plain.append(p)
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            Muon(
+                [{"params": matrices, "rows": rows}],
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+            )
+        )
+    groups = [{"params": plain, "weight_decay": 0.0}]
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": config.weight_decay})
+    fused_kernel = next(model.parameters()).is_cuda
+    optimizers.append(
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel)
+    )
+    held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters())), "every parameter once"
+    return optimizers
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All optimizer state, keyed by parameter name: ``blocks.0.ffn.up.weight/momentum``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`.
+
+    Raises:
+        KeyError: a name that is no parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        p = parameters[name]
+        # AdamW keeps its step count on the CPU unless fused; everything else lives with the parameter.
+        on = p.device if key != "step" or owner[id(p)].defaults.get("fused") else torch.device("cpu")
+        owner[id(p)].state[p][key] = value.to(on)

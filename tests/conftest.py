@@ -1,0 +1,31 @@
+"""What every test shares: one thread, the folders of the helper modules, the `slow` marker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+for folder in ("ops", "models"):
+    path = str(Path(__file__).parent / folder)
+    if path not in sys.path:
+        sys.path.insert(0, path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes longer than the default tests may")
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN (integers: the largest), so that an element nobody wrote is noticed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
