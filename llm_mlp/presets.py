@@ -12,7 +12,7 @@ from typing import Any
 # section 4). H = groups * heads_per_group; the twin's FFN is widened by what the perception mixer has more.
 #            D     L   G   m   R    F    V   block slots  FFN   vocab  | twin: heads head_dim  FFN
 _TABLE = {
-    "demo": (192, 4, 2, 16, 128, 128, 16, 256, 64, 576, 2048, 3, 64, 1216),
+    "demo": (192, 4, 2, 16, 128, 128, 16, 256, 64, 576, 2048, 3, 64, 1264),
     "30m": (512, 8, 4, 8, 128, 128, 16, 256, 64, 2048, 8192, 8, 64, 2208),
     "125m": (768, 14, 6, 8, 128, 128, 16, 256, 64, 3072, 32768, 12, 64, 3264),
     "360m": (1024, 24, 8, 4, 128, 128, 32, 256, 64, 4096, 32768, 16, 64, 4288),

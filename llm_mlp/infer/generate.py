@@ -21,6 +21,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int | None = None,
     stop: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one after another.
 
@@ -28,6 +29,7 @@ def generate(
         prompt: at least one token id (a separator starts a text from nothing).
         max_tokens: how many at most. stop: an id that ends the text; it is not returned.
         seed: of the sampling; None draws a fresh one.
+        vocabulary: ids from here on are never chosen (a model's vocabulary may be padded beyond its tokenizer's).
 
     Raises:
         ValueError: an empty prompt, or an id outside the vocabulary.
@@ -35,10 +37,10 @@ def generate(
     sampling = sampling or Sampling()
     if not len(prompt):
         raise ValueError("the prompt is empty; give at least one token")
-    vocabulary = model.config.vocab_size
+    known = model.config.vocab_size
     for i in prompt:
-        if not 0 <= i < vocabulary:
-            raise ValueError(f"prompt token {i} is outside the model's vocabulary of {vocabulary}")
+        if not 0 <= i < known:
+            raise ValueError(f"prompt token {i} is outside the model's vocabulary of {known}")
     device = next(model.parameters()).device
     generator = torch.Generator(device=device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -49,9 +51,11 @@ def generate(
         state = out.state
     assert state is not None and out.logits is not None
     logits = out.logits[:, -1]
-    seen = torch.zeros((1, vocabulary), dtype=torch.bool, device=device)
+    seen = torch.zeros((1, known), dtype=torch.bool, device=device)
     seen[0, ids[0]] = True
     for i in range(max_tokens):
+        if vocabulary is not None:
+            logits[:, vocabulary:] = -torch.inf
         token = sample(logits, seen, sampling, generator)
         if stop is not None and int(token) == stop:
             return

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_mlp.allocator import keep_freed_memory
 from llm_mlp.checkpoint import CheckpointError, load_tokenizer, load_weights, resolve, save_model
 from llm_mlp.config import ConfigError, TrainConfig, dump
 from llm_mlp.data import Batch, Dataset, Loader, held_out_batches, prepare
@@ -24,7 +25,6 @@ from llm_mlp.models import LM, build_model
 from llm_mlp.ops import debug_checks
 from llm_mlp.precision import Precision
 from llm_mlp.train import snapshot
-from llm_mlp.train.allocator import keep_freed_memory
 from llm_mlp.train.console import Console
 from llm_mlp.train.optim import make_optimizers, set_rate
 from llm_mlp.train.schedule import rate_factor

@@ -213,17 +213,13 @@ def errors(dtype: torch.dtype, backend: str, decay: str, seed: int = 3) -> list[
     ]
 
 
-@pytest.mark.parametrize("decay", ["none", "mild", "resets", "mixed"])
-def test_float32_error(decay):
-    assert max(errors(torch.float32, "reference", decay)) < 1e-5
-    assert max(errors(torch.float32, "chunked", decay)) < 1e-5
-
-
-@pytest.mark.parametrize("decay", ["none", "mild", "resets", "mixed"])
-def test_bfloat16_error(decay):
-    """The reference rounds only its output; the chunked form also rounds states and products over F."""
-    assert max(errors(torch.bfloat16, "reference", decay)) < 0.008
-    assert max(errors(torch.bfloat16, "chunked", decay)) < 0.03
+@pytest.mark.parametrize("decay", ["none", "mild", "resets", "twenty", "mixed"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.008)])
+def test_lower_precision_is_earned(decay, dtype, limit):
+    """The loop's error is rounding; the chunked form's (which rounds states and products too) a few times that."""
+    loop = max(errors(dtype, "reference", decay))
+    assert loop < limit
+    assert max(errors(dtype, "chunked", decay)) < 4 * loop
 
 
 def test_float32_keeps_small_decays_beside_large_ones():

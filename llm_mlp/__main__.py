@@ -1,0 +1,3 @@
+from llm_mlp.cli import main
+
+main()

@@ -1,0 +1,340 @@
+"""The command ``llm-mlp``: verbs to functions. Heavy imports happen inside the verbs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import llm_mlp
+
+app = typer.Typer(
+    help="LLM-MLP: language models without attention, made of perception heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+eval_app = typer.Typer(help="Measure a model.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and memory beside the transformer twin; JSON lines.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, NAME=VALUE: optimizer.lr=4e-3 model.n_layers=4", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+ModelDir = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, or the folder of a finished run.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")]
+
+
+@app.callback(invoke_without_command=True)
+def _start(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(llm_mlp.__version__)
+        raise typer.Exit
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llm_mlp").setLevel(logging.INFO)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (demo, 30m ...).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (the config's `out`).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder, exactly.")] = False,
+    init_from: Annotated[Path | None, typer.Option(help="Start from the weights of this checkpoint.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Stop with a checkpoint after this step.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train a model.
+
+    Example: llm-mlp train demo data.sources='[{path: my-texts/}]' optimizer.lr=0.004 --out runs/mine
+    """
+    from llm_mlp.config import TrainConfig, load
+    from llm_mlp.recipes import find
+    from llm_mlp.train import train as run
+
+    extra = [f"out={json.dumps(str(out))}"] if out else []
+    settings = load(TrainConfig, find(config), [*(overrides or []), *extra])
+    result = run(settings, resume=resume, init_from=init_from, stop_after=stop_after, quiet=quiet)
+    if not result.interrupted:
+        typer.echo(
+            f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, held-out {result.bits_per_byte:.4f} "
+            f"bits per byte\nllm-mlp generate --model {result.out} --prompt 'The '"
+        )
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="YAML file or recipe.")],
+    overrides: Overrides = None,
+    rates: Annotated[str, typer.Option(help="Peak learning rates, comma-separated.")] = "0.001,0.002,0.004,0.008,0.016",
+    models: Annotated[str, typer.Option(help="Presets to sweep alike, comma-separated; empty: the config's.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Append one JSON line a run to this file.")] = None,
+    label: Annotated[str, typer.Option(help="Named in the result lines.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Compare learning rates, everything else equal; says whether the best one is interior."""
+    from llm_mlp.config import ConfigError, TrainConfig, load
+    from llm_mlp.recipes import find
+    from llm_mlp.train.sweep import sweep as run
+
+    try:
+        values = [float(r) for r in rates.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rates {rates!r}: expected numbers, comma-separated") from None
+    settings = load(TrainConfig, find(config), overrides or [])
+    names = [m for m in models.split(",") if m]
+    for found in run(settings, names, values, results=results, quiet=quiet, label=label):
+        line = "  ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(found.losses.items()))
+        verdict = "interior" if found.interior else "AT THE EDGE: widen --rates"
+        typer.echo(f"{found.model}: {line}  -> {found.best:g} ({verdict})")
+
+
+@app.command()
+def prepare(
+    config: Annotated[str, typer.Argument(help="YAML file or recipe.")],
+    overrides: Overrides = None,
+) -> None:
+    """Tokenise a run's data, and print where the shards are (also for data.prepared on another machine)."""
+    from llm_mlp.config import TrainConfig, load
+    from llm_mlp.data import prepare as run
+    from llm_mlp.recipes import find
+
+    dataset = run(load(TrainConfig, find(config), overrides or []).data)
+    typer.echo(json.dumps({"folder": str(dataset.folder), **dataset.describe()}, indent=1))
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the most likely.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; the same seed gives the same text.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Continue a text, token by token."""
+    from llm_mlp.checkpoint import load_model
+    from llm_mlp.infer import Sampling
+    from llm_mlp.infer import generate as run
+    from llm_mlp.train.loop import pick_device
+
+    choice = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    lm, tokenizer = load_model(model, device=pick_device(device))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = [tokenizer.eos, *tokenizer.encode(text)]
+    typer.echo(text, nl=False)
+    stream = tokenizer.stream()
+    for token in run(lm, ids, max_tokens=max_tokens, sampling=choice, seed=seed, stop=tokenizer.eos, vocabulary=tokenizer.vocab_size):
+        typer.echo(stream.step(token), nl=False)
+        sys.stdout.flush()
+    typer.echo(stream.finish())
+
+
+@app.command()
+def info(
+    preset: Annotated[str | None, typer.Option(help="A preset, for example 900m or 125m-transformer.")] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="A checkpoint folder.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context the figures are for.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32: of activations and rows in the state.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Parameters, forward FLOPs per token and state bytes; without arguments, all presets."""
+    from llm_mlp.checkpoint import read_config
+    from llm_mlp.config import ConfigError, ModelConfig, build
+    from llm_mlp.models import model_cost
+    from llm_mlp.presets import preset_names
+
+    sizes = {"bf16": 2, "fp32": 4}
+    if dtype not in sizes:
+        raise ConfigError(f"--dtype {dtype!r}: expected bf16 or fp32")
+
+    def row(name: str, c: ModelConfig) -> dict[str, Any]:
+        cost = model_cost(c, context=context, dtype_bytes=sizes[dtype])
+        heads = c.perception.heads if "perception" in c.mixers else c.attention.heads
+        return {
+            "name": name,
+            "parameters": cost.parameters,
+            "parameters_without_embedding": cost.parameters - c.vocab_size * c.d_model,
+            "flops_per_token": cost.flops,
+            "state_bytes": cost.state_bytes,
+            "context": context,
+            "d_model": c.d_model,
+            "n_layers": c.n_layers,
+            "heads": heads,
+            "vocab_size": c.vocab_size,
+            "mixers": sorted(set(c.mixers)),
+        }
+
+    if model is not None:
+        rows = [row(str(model), read_config(model))]
+    else:
+        rows = [row(n, build(ModelConfig, {"preset": n})) for n in ([preset] if preset else preset_names())]
+    if as_json:
+        typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"at a context of {context} tokens, {dtype}")
+    for column in ("name", "parameters", "without embedding", "GFLOP/token", "state MB", "D", "L", "heads", "vocab"):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for r in rows:
+        table.add_row(
+            r["name"],
+            f"{r['parameters']:,}",
+            f"{r['parameters_without_embedding']:,}",
+            f"{r['flops_per_token'] / 1e9:.3f}",
+            f"{r['state_bytes'] / 1e6:.1f}",
+            *(str(r[key]) for key in ("d_model", "n_layers", "heads", "vocab_size")),
+        )
+    Console().print(table)
+
+
+@eval_app.command("text")
+def eval_text(
+    path: Annotated[Path, typer.Argument(help="Text file, folder, JSON lines, Parquet.")],
+    model: ModelDir,
+    context: Annotated[int, typer.Option(help="Tokens a piece; each starts from an empty state.")] = 1024,
+    carry: Annotated[bool, typer.Option("--carry", help="Carry the state through each document instead.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after about this many tokens.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSON lines and Parquet.")] = "text",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bits per byte and perplexity of a text, and loss by position."""
+    from llm_mlp.checkpoint import load_model
+    from llm_mlp.config import ConfigError
+    from llm_mlp.eval.text import score_text
+    from llm_mlp.precision import Precision
+    from llm_mlp.train.loop import pick_device
+
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"--precision {precision!r}: expected fp32, bf16 or fp16")
+    if context < 1:
+        raise ConfigError(f"--context {context}: expected at least 1")
+    on = pick_device(device)
+    lm, tokenizer = load_model(model, device=on)
+    score, by_position = score_text(
+        lm,
+        tokenizer,
+        path,
+        context=context,
+        carry=carry,
+        max_tokens=max_tokens,
+        text_field=text_field,
+        precision=Precision(precision, on),  # type: ignore[arg-type]
+    )
+    values = {
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "loss_by_position": by_position,
+    }
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    typer.echo(
+        f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f} ({score.loss:.4f} nats a token) "
+        f"over {score.tokens:,} tokens, {score.bytes:,} bytes"
+    )
+    for bin_, loss in by_position.items():
+        typer.echo(f"  position {bin_:>12}: {loss:.4f} nats")
+
+
+@bench_app.command("train")
+def bench_train(
+    preset: Annotated[str, typer.Option(help="Preset; its twin runs beside it.")] = "30m",
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "1024,8192",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile every block.")] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens a step (at least one sequence).")] = 8192,
+    repeats: Annotated[int, typer.Option(help="Timed steps of each; the median counts.")] = 3,
+    results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """Training speed (forward and backward) against the twin, in turn, as ratios."""
+    from llm_mlp.bench.speed import bench_training
+
+    for line in bench_training(
+        preset, _numbers(lengths), precision, compile_, tokens, repeats, results, threads, device
+    ):
+        typer.echo(line)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    preset: Annotated[str, typer.Option(help="Preset; its twin runs beside it.")] = "30m",
+    contexts: Annotated[str, typer.Option(help="Tokens already read, comma-separated.")] = "512,4096,16384",
+    steps: Annotated[int, typer.Option(help="Timed tokens; the median counts.")] = 40,
+    results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """Decoding speed and state bytes at B = 1 against the twin with its cache."""
+    from llm_mlp.bench.speed import bench_decoding
+
+    for line in bench_decoding(preset, _numbers(contexts), steps, results, threads, device):
+        typer.echo(line)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier demo there is replaced.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(help="Steps of each model (the recipe's by default).")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Train a small model and its transformer twin on the shipped stories, compare them, write text."""
+    from llm_mlp.recipes.demo import run_demo
+
+    run_demo(out, steps=steps, threads=threads)
+
+
+def _numbers(text: str) -> list[int]:
+    from llm_mlp.config import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r}: expected whole numbers, comma-separated") from None
+
+
+def main() -> None:
+    """Entry point: errors a user can mend end with one line and exit status 1."""
+    from llm_mlp.config import ConfigError
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except (ConfigError, FileNotFoundError) as error:
+        _fail(error)
+    except (ValueError, RuntimeError) as error:
+        # DataError, TokenizerError, CheckpointError, TrainingError; anything else is a bug and keeps its traceback.
+        if type(error).__module__.startswith("llm_mlp.") or type(error) is ValueError:
+            _fail(error)
+        raise
+
+
+def _fail(error: BaseException) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The torch paths on a CUDA device: the same answers as the float64 reference on the CPU."""
+
+import pytest
+import torch
+
+from llm_mlp.config import ModelConfig, build
+from llm_mlp.models import build_model
+from llm_mlp.ops import memorise, perceive
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def inputs(T, dtype, device, G=2, F=64, m=4, V=16, B=2):
+    generator = torch.Generator().manual_seed(0)
+    q, k, e = (torch.randn(B, T, G, F, generator=generator, dtype=torch.float64) for _ in range(3))
+    k = k / k.norm(dim=-1, keepdim=True)
+    e = k * 1.9 * torch.rand(B, T, G, 1, generator=generator, dtype=torch.float64)
+    q = q / q.norm(dim=-1, keepdim=True)
+    w = torch.randn(B, T, G, m, V, generator=generator, dtype=torch.float64)
+    decay = -0.2 * torch.rand(B, T, G, m, generator=generator, dtype=torch.float64)
+    decay[:, T // 2, 0] = -torch.inf
+    return [x.to(dtype).to(device) for x in (q, k, e, w)] + [decay.float().to(device)]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-5), (torch.float32, 2e-3), (torch.bfloat16, 3e-2)])
+def test_perceive_matches_reference(dtype, limit):
+    ins = inputs(200, dtype, "cuda")
+    y, state, residual = perceive(*ins, return_residual=True)
+    wide = [x.double().cpu() for x in ins]
+    for got, want in zip((y, state, residual), perceive(*wide, return_residual=True, backend="reference"), strict=True):
+        error = (got.double().cpu() - want).norm() / want.norm()
+        assert error < limit
+
+
+@pytest.mark.parametrize("activation", ["relu2", "softmax"])
+def test_memorise_matches_reference(activation):
+    q, k, _, w, _ = inputs(150, torch.float32, "cuda")
+    score = torch.randint(0, 6, q.shape[:3]).float().cuda()
+    sink = torch.zeros(q.shape[2], device="cuda")
+    y, units = memorise(q * 8, k * 8, w, score, sink, block=32, slots=8, activation=activation)
+    again, after = memorise(q * 8, k * 8, w, score, sink, units, block=32, slots=8, activation=activation)
+    wide = [x.double().cpu() for x in (q * 8, k * 8, w, score, sink)]
+    y64, units64 = memorise(*wide, block=32, slots=8, activation=activation, backend="reference")
+    again64, after64 = memorise(*wide, units64, block=32, slots=8, activation=activation, backend="reference")
+    for got, want in ((y, y64), (again, again64), (after.keys, after64.keys), (after.values, after64.values)):
+        assert (got.double().cpu() - want).norm() / want.norm() < 2e-3
+    assert torch.equal(after.scores.cpu().double(), after64.scores)
+
+
+@pytest.mark.parametrize("mixers", [["perception"], ["attention"], ["perception", "attention"]])
+def test_model_whole_is_stepwise(mixers):
+    config = build(ModelConfig, {"preset": "demo", "pattern": mixers, "attention": {"heads": 3, "head_dim": 64}})
+    model = build_model(config, device="cuda").double().randomize_().eval()
+    tokens = torch.randint(config.vocab_size, (2, 300), device="cuda")
+    with torch.no_grad():
+        out = model(tokens[:, :280])
+        state = out.state
+        steps = [model.step(tokens[:, t], state) for t in range(280, 300)]
+        whole = model(tokens).logits
+    assert (torch.stack(steps, 1) - whole[:, 280:]).abs().max() < 1e-9
+
+
+def test_compiled_block_trains_like_eager():
+    config = build(ModelConfig, {"preset": "demo", "n_layers": 2})
+    tokens = torch.randint(config.vocab_size, (2, 512), device="cuda")
+    gradients = []
+    for compiled in (False, True):
+        model = build_model(config, device="cuda").randomize_()
+        if compiled:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        model(tokens, targets=tokens).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, eager in gradients[0].items():
+        difference = (gradients[1][name] - eager).norm() / eager.norm().clamp(min=1e-8)
+        assert difference < 5e-3, name
