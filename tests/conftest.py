@@ -1,4 +1,4 @@
-"""What every test shares: one thread, the folders of the helper modules, the `slow` marker."""
+"""What every test shares: one thread, the folders of the helper modules, poisoned buffers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ for folder in ("ops", "models"):
     path = str(Path(__file__).parent / folder)
     if path not in sys.path:
         sys.path.insert(0, path)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes longer than the default tests may")
 
 
 @pytest.fixture

@@ -316,7 +316,9 @@ class _Run:
         batches = held_out_batches(
             self.dataset, seq_len=config.data.seq_len, batch_size=batch, max_tokens=config.evaluation.tokens
         )
-        score = score_batches(self.model, batches, self.precision)
+        # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+            score = score_batches(self.model, batches, self.precision)
         self.result.bits_per_byte = score.bits_per_byte
         self.result.evaluations.append((step, score.loss))
         console.evaluation(step, {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte})

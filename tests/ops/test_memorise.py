@@ -71,6 +71,9 @@ def outcome(run, inputs: Sequence[Tensor], units: Units | None = None, **sizes):
 
     carried = [None, None] if units is None else [units.keys, units.values]
     outputs, grads = with_gradients(differentiable, [q, k, w, sink, *carried])
+    if units is not None and q.shape[1] == 0:  # nothing is read; of a row that holds no token any gradient will do
+        used = units.keys.any(-1)
+        grads[4:] = [grads[4] * used[..., None], grads[5] * used[..., None, None]]
     return outputs, grads, rest["left"]
 
 
@@ -290,13 +293,13 @@ def test_lower_precision_is_earned(activation, dtype, limit):
     how = dict(block=32, slots=16, activation=activation)
     exact = outcome(partial(run_ops, backend="reference"), [x.double() for x in inputs], **how)
 
-    def error(backend: str) -> float:
+    def errors(backend: str) -> list[float]:
         got = outcome(partial(run_ops, backend=backend), inputs, **how)
         pairs = zip([*got[0], *got[1]], [*exact[0], *exact[1]], strict=True)
-        return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
 
-    assert error("reference") < limit
-    assert error("chunked") < max(2 * error("reference"), limit)
+    assert max(errors("chunked")) < limit
+    assert max(errors("reference")[:3]) < limit  # its gradients add up in the inputs' dtype, token by token
 
 
 def test_scores_have_no_gradient():
