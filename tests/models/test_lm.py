@@ -226,7 +226,10 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
     with torch.no_grad():
         each = model(tokens, targets=targets, reduction="none").loss
         assert each.shape == (2, 30)
-        assert differs(each, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 30)) < 1e-12
+        assert (
+            differs(each, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 30))
+            < 1e-12
+        )
         assert abs(model(tokens, targets=targets, reduction="sum").loss.item() - each.sum().item()) < 1e-9
 
 

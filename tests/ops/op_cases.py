@@ -42,10 +42,7 @@ def with_gradients(
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     outputs = list(run(*leaves))
     generator = torch.Generator().manual_seed(seed)
-    loss = sum(
-        (o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum()
-        for o in outputs
-    )
+    loss = sum((o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum() for o in outputs)
     wanted = [x for x in leaves if x is not None]
     if not loss.requires_grad:
         return [o.detach() for o in outputs], [torch.zeros_like(x) for x in wanted]
@@ -100,7 +97,9 @@ def perceive_inputs(
         log_decay[(chance > 0.1) & (chance < 0.2)] = -20
     if decay in ("thousand", "mixed"):
         log_decay[(chance > 0.3) & (chance < 0.35)] = -1000
-    return [x.to(dtype) for x in (q, k, e, w)] + [log_decay.to(torch.float64 if dtype == torch.float64 else torch.float32)]
+    return [x.to(dtype) for x in (q, k, e, w)] + [
+        log_decay.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    ]
 
 
 def perceive_state(N: int, G: int, F: int, m: int, V: int, *, seed: int = 1, dtype=torch.float64) -> Tensor:
@@ -217,7 +216,18 @@ def naive_memorise(
     return y, Units(keys, values, scores, units.length + T)
 
 
-def carried_units(lengths: Sequence[int], G: int, R: int, m: int, V: int, *, block: int, slots: int, seed: int = 9, scores: str = "ties") -> Units:
+def carried_units(
+    lengths: Sequence[int],
+    G: int,
+    R: int,
+    m: int,
+    V: int,
+    *,
+    block: int,
+    slots: int,
+    seed: int = 9,
+    scores: str = "ties",
+) -> Units:
     """Units of sequences that have seen ``lengths`` tokens, made by the naive implementation."""
     parts = []
     for n, length in enumerate(lengths):

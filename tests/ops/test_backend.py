@@ -102,9 +102,7 @@ def test_the_message_says_which_and_what():
     with pytest.raises(ValueError, match=r"perceive: state has shape .*, expected \(2, 2, 4, 3, 2\)"):
         perceive(**arguments, state=perceive_state(3, G, F, m, V))
     with pytest.raises(ValueError, match=r"perceive: state has shape .*, expected \(3, 2, 4, 3, 2\)"):
-        perceive(
-            **perceive_arguments(1), state=perceive_state(1, G, F, m, V), cu_seqlens=torch.tensor([0, 2, 5, T])
-        )
+        perceive(**perceive_arguments(1), state=perceive_state(1, G, F, m, V), cu_seqlens=torch.tensor([0, 2, 5, T]))
     with pytest.raises(ValueError, match=r"memorise: sink has shape \(1,\), expected \(2,\)"):
         memorise(**{**memorise_arguments(), "sink": torch.zeros(1)})
     for units in (carried_units([3], G, R, m, V, **SIZE), carried_units([3, 1], G, R, m, V, block=4, slots=2)):

@@ -31,7 +31,9 @@ def plain(x, weight, tail):
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 20])
 def test_is_conv1d(K, T):
     x, weight, tail = inputs(2, T, K)
-    for a, b in zip(with_gradients(causal_conv, [x, weight, tail]), with_gradients(plain, [x, weight, tail]), strict=True):
+    for a, b in zip(
+        with_gradients(causal_conv, [x, weight, tail]), with_gradients(plain, [x, weight, tail]), strict=True
+    ):
         all_close(a, b, 1e-12)
     y, _ = causal_conv(x, weight)
     if T:

@@ -44,7 +44,11 @@ def test_value_and_gradients(cap, reduction, shape):
     loss = linear_cross_entropy(hidden, weight, targets, cap=cap, reduction=reduction)
     want = plain(hidden, weight, targets, cap, reduction)
     close(loss, want, 1e-12)
-    for a, b in zip(torch.autograd.grad(1.7 * loss, [hidden, weight]), torch.autograd.grad(1.7 * want, [hidden, weight]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(1.7 * loss, [hidden, weight]),
+        torch.autograd.grad(1.7 * want, [hidden, weight]),
+        strict=True,
+    ):
         close(a, b, 1e-12)
 
 
@@ -81,7 +85,9 @@ def test_ignore_index(ignore):
     loss = linear_cross_entropy(hidden, weight, targets, ignore_index=ignore)
     want = plain(hidden, weight, targets, 0, "mean", ignore)
     close(loss, want, 1e-12)
-    for a, b in zip(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(want, [hidden, weight]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(want, [hidden, weight]), strict=True
+    ):
         close(a, b, 1e-12)
 
 

@@ -93,7 +93,8 @@ def test_reference_is_the_specification(sizes, activation, scores):
     inputs = memorise_inputs(3, 21, G, R, m, V, scores=scores)
     for units in (None, carried_units(lengths_of(3, sizes[0]), G, R, m, V, block=sizes[0], slots=sizes[1])):
         compare(
-            outcome(partial(run_ops, backend="reference"), inputs, units, **how), outcome(run_naive, inputs, units, **how)
+            outcome(partial(run_ops, backend="reference"), inputs, units, **how),
+            outcome(run_naive, inputs, units, **how),
         )
 
 
@@ -187,7 +188,9 @@ def test_no_tokens_leave_the_units_unchanged(backend, sizes):
     # All sequences of a packed batch empty; then only some of them.
     q, k, w, score, sink = memorise_inputs(1, 0, G, R, m, V)
     cu = torch.zeros(4, dtype=torch.long)
-    same_units(memorise(q, k, w, score, sink, units, block=block, slots=slots, cu_seqlens=cu, backend=backend)[1], before, 0)
+    same_units(
+        memorise(q, k, w, score, sink, units, block=block, slots=slots, cu_seqlens=cu, backend=backend)[1], before, 0
+    )
     q, k, w, score, sink = memorise_inputs(1, 9, G, R, m, V)
     cu = torch.tensor([0, 0, 9, 9])
     _, after = memorise(q, k, w, score, sink, units, block=block, slots=slots, cu_seqlens=cu, backend=backend)
@@ -200,7 +203,9 @@ def test_no_tokens_leave_the_units_unchanged(backend, sizes):
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_no_sequences(backend):
     q, k, w, score, sink = memorise_inputs(1, 0, G, R, m, V)
-    y, units = memorise(q, k, w, score, sink, block=8, slots=5, cu_seqlens=torch.zeros(1, dtype=torch.long), backend=backend)
+    y, units = memorise(
+        q, k, w, score, sink, block=8, slots=5, cu_seqlens=torch.zeros(1, dtype=torch.long), backend=backend
+    )
     assert y.shape == (1, 0, G, m, V) and units.keys.shape == (0, G, 13, R) and units.length.shape == (0,)
     q, k, w, score, sink = memorise_inputs(0, 20, G, R, m, V)
     y, units = memorise(q, k, w, score, sink, block=8, slots=5, backend=backend)

@@ -86,9 +86,7 @@ def test_packed_is_separate(bounds, backend):
         return torch.cat(y, 1), torch.cat(states), torch.cat(residual, 1)
 
     outputs, grads = with_gradients(separately, [*inputs, state])
-    got, got_grads = with_gradients(
-        partial(full, backend=backend, cu_seqlens=torch.tensor(bounds)), [*inputs, state]
-    )
+    got, got_grads = with_gradients(partial(full, backend=backend, cu_seqlens=torch.tensor(bounds)), [*inputs, state])
     all_close(got, outputs)
     all_close(got_grads, grads)
 
@@ -349,7 +347,10 @@ def test_transition_forgets():
 
 @pytest.mark.slow
 def test_compiles():
-    inputs = [*perceive_inputs(2, 100, 2, 8, 3, 4, decay="mixed", dtype=torch.float32), perceive_state(2, 2, 8, 3, 4, dtype=torch.float32)]
+    inputs = [
+        *perceive_inputs(2, 100, 2, 8, 3, 4, decay="mixed", dtype=torch.float32),
+        perceive_state(2, 2, 8, 3, 4, dtype=torch.float32),
+    ]
     compiled = torch.compile(full, fullgraph=False)
     outputs, grads = with_gradients(full, inputs)
     got, got_grads = with_gradients(compiled, inputs)

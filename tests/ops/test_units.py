@@ -25,9 +25,7 @@ def test_select_is_memorise_without_the_read(sizes, scores):
         bounds = torch.tensor([0, 5, 5, 13])
         q, k, w, score, sink = memorise_inputs(1, 13, G, R, m, V, scores=scores)
         packed = units_select(k, w, score, units, block=block, slots=slots, cu_seqlens=bounds)
-        same_units(
-            packed, memorise(q, k, w, score, sink, units, block=block, slots=slots, cu_seqlens=bounds)[1], 0
-        )
+        same_units(packed, memorise(q, k, w, score, sink, units, block=block, slots=slots, cu_seqlens=bounds)[1], 0)
 
 
 def naive_merge(a: Units, b: Units, block: int, slots: int) -> Units:
@@ -40,11 +38,19 @@ def naive_merge(a: Units, b: Units, block: int, slots: int) -> Units:
         blocks = (int(a.length[n]) + block - 1) // block
         length.append(blocks * block + int(b.length[n]))
         for g in range(groups):
-            rows = [(a, j) for j in range(slots)] + [(a, slots + j) for j in range(opened)] + [(b, j) for j in range(slots)]
+            rows = (
+                [(a, j) for j in range(slots)]
+                + [(a, slots + j) for j in range(opened)]
+                + [(b, j) for j in range(slots)]
+            )
             rows = [(u, j) for u, j in rows if u.scores[n, g, j] > -torch.inf]
             best = sorted(enumerate(rows), key=lambda r: (-r[1][0].scores[n, g, r[1][1]].item(), r[0]))[:slots]
             for row, (_, (u, j)) in enumerate(best):
-                keys[n, g, row], values[n, g, row], scores[n, g, row] = u.keys[n, g, j], u.values[n, g, j], u.scores[n, g, j]
+                keys[n, g, row], values[n, g, row], scores[n, g, row] = (
+                    u.keys[n, g, j],
+                    u.values[n, g, j],
+                    u.scores[n, g, j],
+                )
             keys[n, g, slots:], values[n, g, slots:] = b.keys[n, g, slots:], b.values[n, g, slots:]
             scores[n, g, slots:] = b.scores[n, g, slots:]
     return Units(keys, values, scores, torch.tensor(length))
