@@ -1,6 +1,6 @@
 """Collect Python source into JSON lines: every distinct .py file below a folder (default: site-packages).
 
-    python benchmarks/python_source.py data/python.jsonl [FOLDER]
+python benchmarks/python_source.py data/python.jsonl [FOLDER]
 """
 
 import hashlib

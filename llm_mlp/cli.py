@@ -24,7 +24,8 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, NAME=VALUE: optimizer.lr=4e-3 model.n_layers=4", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Overrides, NAME=VALUE: optimizer.lr=4e-3 model.n_layers=4", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModelDir = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, or the folder of a finished run.")]
@@ -134,7 +135,9 @@ def generate(
     ids = [tokenizer.eos, *tokenizer.encode(text)]
     typer.echo(text, nl=False)
     stream = tokenizer.stream()
-    for token in run(lm, ids, max_tokens=max_tokens, sampling=choice, seed=seed, stop=tokenizer.eos, vocabulary=tokenizer.vocab_size):
+    for token in run(
+        lm, ids, max_tokens=max_tokens, sampling=choice, seed=seed, stop=tokenizer.eos, vocabulary=tokenizer.vocab_size
+    ):
         typer.echo(stream.step(token), nl=False)
         sys.stdout.flush()
     typer.echo(stream.finish())
@@ -293,7 +296,9 @@ def bench_decode(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier demo there is replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
     steps: Annotated[int | None, typer.Option(help="Steps of each model (the recipe's by default).")] = None,
     threads: Threads = 0,
 ) -> None:

@@ -40,7 +40,8 @@ def _timed(call: Callable[[], Any], device: torch.device) -> float:
 def _pair(preset: str, device: torch.device) -> dict[str, LM]:
     """The preset and its twin, weights filled at random (zeros would flatter some paths)."""
     return {
-        name: build_model(build(ModelConfig, {"preset": name}), device=device).randomize_() for name in (preset, preset + TWIN)
+        name: build_model(build(ModelConfig, {"preset": name}), device=device).randomize_()
+        for name in (preset, preset + TWIN)
     }
 
 

@@ -178,7 +178,7 @@ def from_gpt2(folder: Path) -> HFTokenizer:
         raise TokenizerError(f"{folder}: encoder.json must map tokens to ids and vocab.bpe hold two symbols a line")
     try:
         model = models.BPE(vocab=vocab, merges=[(a, b) for a, b in pairs])
-    except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
+    except Exception as error:
         raise TokenizerError(f"{merge_file}: does not fit encoder.json: {error}") from None
     out = byte_level(model, ENCODINGS[0].pattern)
     _add_special(out, "<|endoftext|>")

@@ -122,7 +122,7 @@ class Tokenizer:
             return cls(from_gpt2(path.parent), str(path))
         try:
             inner = HFTokenizer.from_str(path.read_text(encoding="utf8"))
-        except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
+        except Exception as error:
             raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from None
         return cls(inner, str(path))
 

@@ -44,9 +44,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
     ``seen [B, vocabulary]`` bool: tokens the repetition penalty applies to.
     """
     if sampling.repetition_penalty != 1.0:
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)

@@ -32,9 +32,7 @@ class AttentionMixer(Mixer):
         """x ``[B, T, D]`` at ``position [B or 1, T]`` -> q, k, v ``[B, H, T, d]``."""
         q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        frequency = self.theta ** (
-            -torch.arange(0, self.head_dim, 2, device=x.device, dtype=wide) / self.head_dim
-        )
+        frequency = self.theta ** (-torch.arange(0, self.head_dim, 2, device=x.device, dtype=wide) / self.head_dim)
         angle = position[:, None, :, None].to(wide) * frequency
         cos, sin = angle.cos(), angle.sin()
 

@@ -129,9 +129,7 @@ class LM(nn.Module):
         self._check_tokens(tokens)
         x, after = self._hidden(tokens, state, cu_seqlens)
         if targets is not None:
-            loss = linear_cross_entropy(
-                x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction
-            )
+            loss = linear_cross_entropy(x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction)
             return Output(None, loss, after)
         if logits == "none":
             return Output(None, None, after)

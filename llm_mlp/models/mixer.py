@@ -27,9 +27,7 @@ class Cost:
     state_bytes: int = 0  # a sequence
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters, self.flops + other.flops, self.state_bytes + other.state_bytes
-        )
+        return Cost(self.parameters + other.parameters, self.flops + other.flops, self.state_bytes + other.state_bytes)
 
 
 class Mixer(nn.Module):

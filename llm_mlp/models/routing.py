@@ -36,7 +36,7 @@ class Routing(nn.Module):
 
     @staticmethod
     def routed(config: ModelConfig, layer: int) -> bool:
-        return 0 < layer and layer >= config.n_layers - config.routing.last_layers
+        return layer > 0 and layer >= config.n_layers - config.routing.last_layers
 
     @staticmethod
     def cost(config: ModelConfig, layer: int) -> Cost:

@@ -74,7 +74,7 @@ def _per_token(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, igno
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, ignore):  # noqa: ANN001
+    def forward(ctx, hidden, weight, targets, cap, ignore):
         need = any(ctx.needs_input_grad[:2])
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -103,6 +103,6 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, upstream):  # noqa: ANN001
+    def backward(ctx, upstream):
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * upstream).to(d_hidden.dtype), (d_weight * upstream).to(ctx.dtype), None, None, None

@@ -99,9 +99,7 @@ def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Opti
     if decayed:
         groups.append({"params": decayed, "weight_decay": config.weight_decay})
     fused_kernel = next(model.parameters()).is_cuda
-    optimizers.append(
-        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel)
-    )
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel))
     held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters())), "every parameter once"
     return optimizers

@@ -109,9 +109,7 @@ def save(
 def check_same_run(old: TrainConfig, new: TrainConfig, folder: Path) -> None:
     """Refuse to resume with a config that would change what comes, saying what differs."""
     lines = [
-        line
-        for line in diff(old, new)
-        if not line.startswith(_FREE_PREFIXES) and line.partition(":")[0] not in _FREE
+        line for line in diff(old, new) if not line.startswith(_FREE_PREFIXES) and line.partition(":")[0] not in _FREE
     ]
     if lines:
         raise CheckpointError(

@@ -67,6 +67,12 @@ def sweep(
             if results:
                 facts = {"model": model, "label": label, "lr": rate, "held_out_loss": loss, "bits_per_byte": bits}
                 facts |= {"steps": run.steps, "tokens_per_step": run.batch_size * run.data.seq_len}
-                record(results, "sweep", facts | {"tokens_per_second": speed}, device=pick_device(run.device), seed=run.seed)
+                record(
+                    results,
+                    "sweep",
+                    facts | {"tokens_per_second": speed},
+                    device=pick_device(run.device),
+                    seed=run.seed,
+                )
         out.append(SweepResult(model, losses))
     return out
