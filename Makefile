@@ -1,11 +1,11 @@
-# `make demo` and `make test` set themselves up; nothing but python >= 3.11 and make is needed.
+# `make test` sets itself up; nothing but python >= 3.11 and make is needed.
 # Where torch comes from: name a CPU wheel index on Linux to save gigabytes, e.g.
-#   make demo TORCH="torch==2.13.0 --index-url <your CPU wheel index>"
+#   make test TORCH="torch==2.13.0 --index-url <your CPU wheel index>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: test check slow clean
 
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
@@ -13,9 +13,6 @@ BIN := .venv/bin
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[test]'
 	touch $@
-
-demo: .venv/ready
-	$(BIN)/llm-mlp demo --out runs/demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest

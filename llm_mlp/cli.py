@@ -294,20 +294,6 @@ def bench_decode(
         typer.echo(line)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier demo there is replaced.")] = Path(
-        "runs/demo"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Steps of each model (the recipe's by default).")] = None,
-    threads: Threads = 0,
-) -> None:
-    """Train a small model and its transformer twin on the shipped stories, compare them, write text."""
-    from llm_mlp.recipes.demo import run_demo
-
-    run_demo(out, steps=steps, threads=threads)
-
-
 def _numbers(text: str) -> list[int]:
     from llm_mlp.config import ConfigError
 

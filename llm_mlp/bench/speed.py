@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def bench_training(
         batch = max(1, tokens // length)
         times: dict[str, list[float]] = {name: [] for name in models}
         data = torch.randint(next(iter(models.values())).config.vocab_size, (batch, length + 1)).to(on)
-        for name, model in models.items():
+        for model in models.values():
             if compile_:
                 for block in model.blocks:
                     block.compile(dynamic=False)
@@ -77,7 +78,7 @@ def bench_training(
 
         for round_ in range(repeats + 1):  # the first is warm-up
             for name, model in models.items():
-                seconds = _timed(lambda model=model: step(model), on)
+                seconds = _timed(partial(step, model), on)
                 if round_:
                     times[name].append(seconds)
         speed = {name: batch * length / statistics.median(t) for name, t in times.items()}
@@ -86,7 +87,8 @@ def bench_training(
         if results:
             record(results, "train-speed", facts | {"tokens_per_second": speed, "ratio": ratio}, device=on, seed=0)
         yield (
-            f"length {length:>6}: {speed[preset]:>10,.0f} tokens/s, twin {speed[preset + TWIN]:>10,.0f}, ratio {ratio:.2f}"
+            f"length {length:>6}: {speed[preset]:>10,.0f} tokens/s, twin {speed[preset + TWIN]:>10,.0f}, "
+            f"ratio {ratio:.2f}"
         )
 
 

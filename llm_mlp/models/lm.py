@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from llm_mlp.models.routing import Routing
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.cross_entropy import softcap
 
-MIXERS: dict[str, type[Mixer]] = {"perception": PerceptionMixer, "attention": AttentionMixer}
+MIXERS: dict[str, Any] = {"perception": PerceptionMixer, "attention": AttentionMixer}
 
 
 @dataclass

@@ -35,7 +35,7 @@ class PerceptionMixer(Mixer):
         self.erase, self.erase_max, self.decay = c.erase, c.erase_max, c.decay
         self.block, self.slots, self.read = c.block, c.slots, c.read
         self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
-        G, m, R, V, width = c.groups, c.heads_per_group, c.read_width, c.value_width, c.gate_rank
+        G, R, V, width = c.groups, c.read_width, c.value_width, c.gate_rank
         D, H = config.d_model, c.heads
         self.qkv_split = (G * R, G * R, H * V)
         channels = sum(self.qkv_split)
@@ -171,7 +171,7 @@ class PerceptionMixer(Mixer):
         if self.conv is not None:
             qkv, after["conv"] = causal_conv(qkv, self.conv, before.get("conv"), cu_seqlens=cu_seqlens)
         i = self._inputs(x, qkv, low)
-        y, after["fast_weights"], residual = perceive(
+        y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
             i["q"],
             i["k"],
             i["e"],

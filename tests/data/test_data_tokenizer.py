@@ -177,7 +177,7 @@ def test_sentencepiece_bytes(tmp_path: Path) -> None:
     spec = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": c, "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+            {"id": i, "content": c, "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}  # noqa: E501
             for i, c in enumerate(pieces[:2])
         ],
         "normalizer": {"type": "Sequence", "normalizers": [

@@ -166,7 +166,7 @@ def naive_memorise(
     slots: int,
     activation: str = "relu2",
 ) -> tuple[Tensor | None, Units]:
-    """Rows are numbered by age: carried slots, carried open block, tokens. Which are read is decided by numbers alone."""
+    """Rows are numbered by age: carried slots, carried open block, tokens. Which are read is decided by numbers."""
     B, T, G, R = k.shape
     m, V = w.shape[-2:]
     kind = dict(dtype=w.dtype)

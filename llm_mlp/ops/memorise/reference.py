@@ -27,7 +27,15 @@ def memorise(
     ys, kept = [], []
     for n, (row, a, b) in enumerate(spans):
         y, left = _sequence(
-            *(x[row, a:b] for x in (q, k, w, score)), sink, Units(*(x[n] for x in units)), block, slots, activation
+            q[row, a:b],
+            k[row, a:b],
+            w[row, a:b],
+            score[row, a:b],
+            sink,
+            Units(*(x[n] for x in units)),
+            block,
+            slots,
+            activation,
         )
         ys.append(y)
         kept.append(left)
