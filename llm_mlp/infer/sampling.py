@@ -56,7 +56,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
     if sampling.min_p:
         probabilities = probabilities * (probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True))
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ordered = ordered / ordered.sum(-1, keepdim=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first token always stays
         probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0)

@@ -36,8 +36,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.routing = Routing(config, layer) if Routing.routed(config, layer) else None
-        self.mixer = MIXERS[config.mixer(layer)](config, layer)
+        self.routing: Any = Routing(config, layer) if Routing.routed(config, layer) else None
+        self.mixer: Any = MIXERS[config.mixer(layer)](config, layer)
         self.ffn = FFN(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
@@ -71,7 +71,7 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.blocks: Any = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing = False
 
@@ -90,7 +90,7 @@ class LM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             scale = 0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1
-            p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
         return self
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,7 @@ class _SummedLoss(torch.autograd.Function):
             h, y = hidden[i : i + n], targets[i : i + n]
             logits, loss = _slice_loss(h, weight, y, cap, ignore)
             total += loss.sum()
-            if not need:
+            if d_hidden is None or d_weight is None:
                 continue
             counted = (y != ignore)[:, None]
             grad = torch.softmax(logits, -1)

@@ -13,7 +13,7 @@ def perceive(
     if bounds is None:
         return _run(q, k, e, w, log_decay, state)
     parts = [
-        _run(*(x[:, a:b] for x in (q, k, e, w, log_decay)), state[n : n + 1])
+        _run(q[:, a:b], k[:, a:b], e[:, a:b], w[:, a:b], log_decay[:, a:b], state[n : n + 1])
         for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
     ]
     if not parts:
