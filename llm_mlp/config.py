@@ -407,8 +407,8 @@ def load(cls: type[C], path: str | Path | None, overrides: list[str] | tuple[str
             values = _yaml(Path(path).read_text(encoding="utf8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such config file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
