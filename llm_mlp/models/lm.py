@@ -17,6 +17,7 @@ from llm_mlp.models.perception import PerceptionMixer
 from llm_mlp.models.routing import Routing
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.cross_entropy import softcap
+from llm_mlp.ops.perceive import check_indices
 
 MIXERS: dict[str, Any] = {"perception": PerceptionMixer, "attention": AttentionMixer}
 
@@ -127,6 +128,10 @@ class LM(nn.Module):
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [B, T]")
         self._check_tokens(tokens)
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits = {logits!r}: expected all, last or none")
+        if logits == "last" and cu_seqlens is not None and not bool((cu_seqlens.diff() > 0).all()):
+            raise ValueError("logits='last': a sequence is empty and has no last token")
         x, after = self._hidden(tokens, state, cu_seqlens)
         if targets is not None:
             loss = linear_cross_entropy(x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction)
@@ -164,6 +169,7 @@ class LM(nn.Module):
         ``state_indices`` (distinct integers ``[B]``, -1 a padding row) say which rows of the state's pool are used.
         """
         self._check_tokens(tokens)
+        check_indices("LM.step", state_indices, len(tokens), len(next(iter(state.values()))))
         x = rms_norm(self.embedding(tokens), self.config.norm_eps)
         earlier: list[Tensor] = []
         for i, block in enumerate(self.blocks):

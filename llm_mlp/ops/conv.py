@@ -39,10 +39,10 @@ def causal_conv(
             y = torch.addcmul(y, long[:, i : i + T], weight[:, i])
         return y, long[:, T:]
     # Rows: every sequence's tail, then the tokens; a token's predecessor number i lies in one or the other.
-    lengths = torch.tensor(bounds, device=x.device).diff()
+    lengths = torch.tensor(bounds, dtype=torch.long, device=x.device).diff()
     owner = torch.repeat_interleave(torch.arange(N, device=x.device), lengths, output_size=T)
     at = torch.arange(T, device=x.device)
-    inside = at - torch.tensor(bounds[:-1], device=x.device)[owner] if N else at
+    inside = at - torch.tensor(bounds[:-1], dtype=torch.long, device=x.device)[owner] if N else at
     rows = torch.cat([tail.flatten(0, 1), x[0]])
     y = x[0] * weight[:, back]
     for i in range(back):
@@ -51,7 +51,7 @@ def causal_conv(
         y = torch.addcmul(y, rows.index_select(0, index), weight[:, i])
     # The new tail: the last K-1 of (tail, tokens), which for a short sequence still holds old rows.
     want = lengths[:, None] - back + torch.arange(back, device=x.device)
-    first = torch.tensor(bounds[:-1], device=x.device)[:, None]
+    first = torch.tensor(bounds[:-1], dtype=torch.long, device=x.device)[:, None]
     old = torch.arange(N, device=x.device)[:, None] * back + want + back
     index = torch.where(want >= 0, N * back + first + want, old)
     return y[None], rows.index_select(0, index.flatten()).view(N, back, C)
@@ -69,5 +69,5 @@ def causal_conv_step(x: Tensor, weight: Tensor, tails: Tensor, state_indices: Te
     else:
         valid = state_indices >= 0
         tails[state_indices[valid]] = new[valid]
-        y = y * valid[:, None]
+        y = torch.where(valid[:, None], y, 0)
     return y

@@ -66,10 +66,11 @@ def _slice_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, ign
 
 def _per_token(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, ignore: int) -> Tensor:
     n = _rows(weight)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     parts = [
         _slice_loss(hidden[i : i + n], weight, targets[i : i + n], cap, ignore)[1] for i in range(0, len(targets), n)
     ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0)
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -89,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
                 continue
             counted = (y != ignore)[:, None]
             grad = torch.softmax(logits, -1)
-            grad.scatter_add_(1, y.clamp(min=0)[:, None], torch.full_like(grad[:, :1], -1))
+            grad.scatter_add_(1, y.clamp(0, weight.shape[0] - 1)[:, None], torch.full_like(grad[:, :1], -1))
             if cap:  # the derivative of the cap is 1 - (logits / cap)^2
                 grad.addcmul_(grad * logits, logits, value=-1 / cap**2)
             grad = grad.mul_(counted).to(hidden.dtype)

@@ -129,6 +129,7 @@ def memorise_step(
     if activation not in ACTIVATIONS:
         raise ValueError(f"memorise_step: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     check_values("memorise_step", q=q, k=k, w=w, sink=sink, score=score)
+    check_values("memorise_step", **{"units.keys": units.keys, "units.values": units.values})
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return step.memorise_step(q, k, w, score, sink, units, state_indices, block, slots, activation)
 
@@ -147,6 +148,7 @@ def _check(op, k, w, score, units, block, slots, cu_seqlens):
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, B, T, op)
     if units is not None:
         check_units(op, units, (B if bounds is None else len(bounds) - 1, G, R, m, V), block, slots)
+        check_values(op, **{"units.keys": units.keys, "units.values": units.values})
     return (B, T, G, R, m, V), bounds
 
 

@@ -113,7 +113,7 @@ def units_select(
     k: Tensor, w: Tensor, score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None
 ) -> Units:
     """As `llm_mlp.ops.units_select` on checked inputs."""
-    if block == 0 or k.shape[1] == 0:
+    if block == 0 or k.numel() == 0:
         return _unread(units, k.shape[1], bounds)
     return _prepare(k, w, score, units, block, slots, bounds, is_fresh(units, block))[1]
 
@@ -132,7 +132,7 @@ def memorise(
     fresh: bool = False,
 ) -> tuple[Tensor, Units]:
     """As `llm_mlp.ops.memorise` on checked inputs; ``fresh``: no sequence carries an open block."""
-    if block == 0 or q.shape[1] == 0:
+    if block == 0 or q.numel() == 0:
         return torch.zeros_like(w), _unread(units, q.shape[1], bounds)
     rows, left = _prepare(k, w, score, units, block, slots, bounds, fresh or is_fresh(units, block))
     q = rows.layout.split(q).transpose(1, 2)  # [b, G, block, R]

@@ -36,14 +36,19 @@ def _gates(log_decay: Tensor, layout: Pieces) -> tuple[Tensor, Tensor, Tensor, T
     floor = -80.0 if log_decay.dtype == torch.float64 else -40.0
     ld = _chunks(log_decay[..., None], layout)[..., 0]  # [c, G, m, C]
     reset = ld < floor
-    g = torch.where(reset, 0.0, ld).cumsum(-1)
+    # The sum in float64, as two float32 terms: a difference of neighbours is then exact to its own size, however
+    # large the decays before them were.
+    total = torch.where(reset, 0.0, ld).double().cumsum(-1)
+    g = total.to(ld.dtype)
+    rest = (total - g).to(ld.dtype)
     r = reset.cumsum(-1)
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=ld.device).tril()
     same = causal & (r[..., :, None] == r[..., None, :])
     # Mask before exp: above the diagonal g_i - g_j is positive and may overflow.
-    gamma = torch.where(same, g[..., :, None] - g[..., None, :], -torch.inf).exp()
+    between = (g[..., :, None] - g[..., None, :]) + (rest[..., :, None] - rest[..., None, :])
+    gamma = torch.where(same, between, -torch.inf).exp()
     carry = torch.where(r == 0, g, -torch.inf).exp()
-    tail = torch.where(r == r[..., -1:], g[..., -1:] - g, -torch.inf).exp()
+    tail = torch.where(r == r[..., -1:], (g[..., -1:] - g) + (rest[..., -1:] - rest), -torch.inf).exp()
     return gamma, carry, tail, carry[..., -1]
 
 

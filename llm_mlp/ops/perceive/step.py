@@ -41,6 +41,6 @@ def perceive_step(
     else:
         # Only real rows are written: a padding row must not race with the owner of row 0.
         states[indices[valid]] = S[valid].to(states.dtype)  # type: ignore[index]
-        y = y * valid[:, None, None, None]
-        residual = residual * valid[:, None, None]
+        y = torch.where(valid[:, None, None, None], y, 0)
+        residual = torch.where(valid[:, None, None], residual, 0)
     return y.to(out), residual
