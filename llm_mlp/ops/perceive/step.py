@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llm_mlp.ops.backend import accumulation_dtype
