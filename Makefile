@@ -1,18 +1,25 @@
-# `make test` sets itself up; nothing but python >= 3.11 and make is needed.
+# Every target sets itself up; nothing but python >= 3.11 and make is needed.
 # Where torch comes from: name a CPU wheel index on Linux to save gigabytes, e.g.
-#   make test TORCH="torch==2.13.0 --index-url <your CPU wheel index>"
+#   make demo TORCH="torch==2.13.0 --index-url <your CPU wheel index>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: test check slow clean
+.PHONY: demo test slow check clean
 
-.venv/ready: pyproject.toml Makefile
+.venv/package: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/ready: .venv/package
 	$(BIN)/pip install -q -e '.[test]'
 	touch $@
+
+demo: .venv/package
+	$(BIN)/llm-mlp demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -70,6 +70,23 @@ def train(
 
 
 @app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it writes; an earlier demo there is replaced.")] = (
+        Path("runs/demo")
+    ),
+    steps: Annotated[int | None, typer.Option(help="Steps of each model; fewer is quicker.")] = None,
+    contexts: Annotated[str, typer.Option(help="Contexts decoding is timed at.")] = "512,4096,16384",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train a small perception model and its transformer twin on the text that ships, and compare them."""
+    from llm_mlp.recipes.demo import demo as run
+
+    if not run(out, steps=steps, contexts=_numbers(contexts), overrides=overrides or (), quiet=quiet):
+        raise SystemExit(130)
+
+
+@app.command()
 def sweep(
     config: Annotated[str, typer.Argument(help="YAML file or recipe.")],
     overrides: Overrides = None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-for folder in ("ops", "models"):
+for folder in ("ops", "models", "train"):
     path = str(Path(__file__).parent / folder)
     if path not in sys.path:
         sys.path.insert(0, path)

@@ -1,0 +1,192 @@
+"""The command line: every verb, as a user types it, and errors of one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from train_cases import tiny, write_documents
+
+from llm_mlp.cli import main
+from llm_mlp.config import dump
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command line; returns (exit status, stdout, stderr)."""
+
+    def run(*args: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-mlp", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A config file of a run of a second."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny(tmp_path)))
+    return path
+
+
+@pytest.fixture
+def trained(call, config, tmp_path) -> Path:
+    assert call("train", config, "steps=3", "--quiet")[0] == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("verb", ["", "train", "demo", "sweep", "prepare", "generate", "info", "eval text", "bench train"])
+def test_help(call, verb):
+    status, out, _ = call(*verb.split(), "--help")
+    assert status == 0 and "Usage: " in out
+    assert verb or all(name in out for name in ("train", "generate", "eval", "info", "bench", "demo"))
+
+
+def test_version(call):
+    import llm_mlp
+
+    assert call("--version") == (0, llm_mlp.__version__ + "\n", "")
+
+
+def test_info(call):
+    status, out, _ = call("info", "--preset", "900m", "--json")
+    facts = json.loads(out)
+    assert status == 0 and facts["heads"] == 48
+    assert 0.85e9 < facts["parameters_without_embedding"] < 0.95e9
+    assert 1.7e9 < facts["flops_per_token"] < 1.95e9
+    assert facts["state_bytes"] < 100e6
+    wide = json.loads(call("info", "--preset", "900m", "--json", "--dtype", "fp32")[1])
+    assert wide["state_bytes"] > facts["state_bytes"] and wide["parameters"] == facts["parameters"]
+    status, out, _ = call("info")
+    assert status == 0 and "900m-transformer" in out
+
+
+def test_train_says_what_is_next(call, config, tmp_path):
+    status, out, err = call("train", config, "--out", tmp_path / "mine")
+    assert status == 0
+    assert f"llm-mlp generate --model {tmp_path / 'mine'}" in out
+    assert "mine step 6/6" in err and "held-out" in err
+
+
+def test_stop_resume_and_init_from(call, config, trained, tmp_path):
+    out = tmp_path / "other"
+    assert call("train", config, "--out", out, "--stop-after", 2, "--quiet")[0] == 0
+    assert "already holds a run" in call("train", config, "--out", out)[2]
+    status, text, _ = call("train", config, "--out", out, "--resume", "--quiet")
+    assert status == 0 and text.startswith("6 steps")
+    assert call("train", config, "--out", tmp_path / "third", "--init-from", trained, "--quiet")[0] == 0
+
+
+def test_generate(call, trained):
+    args = ("generate", "--model", trained, "--max-tokens", 20, "--seed", 1)
+    status, out, _ = call(*args, "--prompt", "the cat ")
+    assert status == 0 and out.startswith("the cat ")
+    assert call(*args, "--prompt", "the cat ")[1] == out
+    assert call(*args, "--prompt", "-", stdin="the cat ")[1] == out
+    greedy = [call(*args[:-1], seed, "--temperature", 0)[1] for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+    for option, value in (("--top-k", 1), ("--top-p", 0.0001), ("--min-p", 1.0)):
+        assert call(*args, "--temperature", 1, option, value)[1] == greedy[0], option
+    assert call(*args, "--repetition-penalty", 5.0)[0] == 0
+
+
+def test_eval_text(call, trained, tmp_path):
+    path = write_documents(tmp_path)
+    status, out, _ = call("eval", "text", path, "--model", trained, "--context", 64, "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["bits_per_byte"] == pytest.approx(facts["loss"] / 0.6931472, rel=1e-5)
+    assert facts["tokens"] == facts["bytes"] and list(facts["loss_by_position"]) == ["0-64"]
+    status, out, _ = call("eval", "text", path, "--model", trained, "--carry", "--max-tokens", 100)
+    assert status == 0 and "bits per byte" in out and "position" in out
+
+
+def test_sweep(call, config, tmp_path):
+    results = tmp_path / "sweep.jsonl"
+    status, out, _ = call(
+        "sweep", config, "steps=2", "--rates", "0.001,0.01,0.02", "--results", results, "--label", "x", "--quiet"
+    )
+    assert status == 0 and "config:" in out and "->" in out
+    assert len(results.read_text().splitlines()) == 3
+
+
+def test_prepare(call, config):
+    status, out, _ = call("prepare", config)
+    facts = json.loads(out)
+    assert status == 0 and facts["train_tokens"] > 0 and Path(facts["folder"]).is_dir()
+
+
+def test_bench(call, tmp_path):
+    results = tmp_path / "speed.jsonl"
+    status, out, _ = call(
+        "bench", "train", "--preset", "demo", "--lengths", "64,96", "--tokens", 64, "--repeats", 1, "--results", results
+    )
+    assert status == 0 and out.count("ratio") == 2
+    status, out, _ = call("bench", "decode", "--preset", "demo", "--contexts", "16", "--steps", 2, "--results", results)
+    assert status == 0 and "state" in out
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["train-speed", "train-speed", "decode-speed"]
+    for line in lines:
+        a, b = (line["tokens_per_second"][name] for name in ("demo", "demo-transformer"))
+        assert line["ratio"] == pytest.approx(a / b)
+        assert {"device", "torch", "commit", "seed", "time"} <= line.keys()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["train", "nothing.yaml"], "nothing.yaml: no such config file or recipe; recipes: 30m, demo"),
+        (["train", "demo", "optimizer.rate=1"], "optimizer.rate: unknown field; did you mean"),
+        (["train", "demo", "steps=many"], "steps: Input should be a valid integer"),
+        (["train", "demo", "steps"], "override 'steps': expected NAME=VALUE"),
+        (["train", "demo", "model.perception.groups=600"], "perception heads; allowed are 1 to 512"),
+        (["train", "demo", "data.sources=[{path: nowhere.txt}]"], "nowhere.txt: no such file or folder"),
+        (["info", "--preset", "90m"], "unknown preset '90m'; did you mean"),
+        (["info", "--preset", "30m", "--dtype", "int3"], "--dtype 'int3': expected bf16 or fp32"),
+        (["generate", "--model", "nowhere"], "nowhere: no such folder"),
+        (["sweep", "demo", "--rates", "a,b"], "--rates 'a,b': expected numbers"),
+        (["bench", "train", "--lengths", "x"], "'x': expected whole numbers"),
+        (["eval", "text", "nowhere.txt", "--model", "nowhere"], "nowhere: no such folder"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_errors_are_one_line(call, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(*args)
+    assert status == 1
+    assert "Traceback" not in err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and says in line
+
+
+def test_errors_of_the_options(call, trained):
+    for args, says in (
+        (("generate", "--model", trained, "--temperature", -1), "temperature = -1.0 must be at least 0"),
+        (("eval", "text", trained, "--model", trained, "--context", 0), "--context 0: expected at least 1"),
+        (("eval", "text", trained, "--model", trained, "--precision", "fp8"), "--precision 'fp8'"),
+    ):
+        status, _, err = call(*args)
+        assert status == 1 and says in err
+    assert call("generat")[0] == 2
+
+
+def test_a_bug_keeps_its_traceback(call, monkeypatch, trained):
+    import llm_mlp.checkpoint
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(llm_mlp.checkpoint, "load_model", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        call("generate", "--model", trained)

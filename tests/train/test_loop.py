@@ -1,0 +1,267 @@
+"""The training loop: what it learns, what it keeps, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from train_cases import run, tiny
+
+from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
+from llm_mlp.config import ConfigError
+from llm_mlp.train import TrainingError, loop, snapshot
+from llm_mlp.train.loop import read_metrics
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "model.safetensors")
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_learns_and_leaves_a_complete_run(tmp_path):
+    result = run(tmp_path, "steps=60", "evaluation.every=30")
+    assert result.curve[0][1] == pytest.approx(math.log(257), abs=0.01)  # the head starts at zero
+    assert result.loss < 0.6 * result.curve[0][1]
+    assert [step for step, _ in result.evaluations] == [30, 60]
+    assert result.evaluations[1][1] < result.evaluations[0][1]
+    assert result.tokens == 60 * 4 * 32 and result.tokens_per_second > 0
+    model, tokenizer = load_model(tmp_path / "run")
+    assert tokenizer.eos < model.config.vocab_size
+    assert_equal(weights(tmp_path / "run/model"), weights(tmp_path / "run/checkpoints/step-0000060"))
+    lines = read_metrics(tmp_path / "run")
+    assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
+    assert lines[-1]["bits_per_byte"] == result.bits_per_byte
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dropout=0.1"],
+        ["data.packing=reset", "optimizer.name=adamw"],
+        ["data.packing=streams", "micro_batch=2"],
+        ["precision=bf16", "micro_batch=1"],
+        ["precision=fp16"],
+    ],
+    ids=lambda o: " ".join(o),
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, overrides):
+    whole = run(tmp_path, *overrides, out="whole")
+    first = run(tmp_path, *overrides, stop_after=3)
+    assert first.interrupted and first.steps == 3
+    second = run(tmp_path, *overrides, resume=True)
+    assert not second.interrupted
+    assert first.curve + second.curve == whole.curve
+    assert second.evaluations == whole.evaluations
+    for part in ("model.safetensors", "training.safetensors"):
+        one, other = (read_tensors(tmp_path / name / "checkpoints/step-0000006" / part) for name in ("whole", "run"))
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("packing", ["joined", "reset"])
+def test_accumulation_is_the_whole_batch(tmp_path, packing):
+    ends = []
+    for micro in (0, 2, 1):
+        run(tmp_path, f"micro_batch={micro}", f"data.packing={packing}", "steps=3", out=str(micro))
+        ends.append(weights(tmp_path / str(micro) / "model"))
+    for other in ends[1:]:
+        for name, t in ends[0].items():
+            torch.testing.assert_close(other[name], t, rtol=0, atol=2e-4, msg=name)
+
+
+def test_accumulation_to_32(tmp_path):
+    result = run(tmp_path, "batch_size=32", "micro_batch=1", "steps=2")
+    assert tiny(tmp_path, "batch_size=32", "micro_batch=1").accumulation == 32
+    whole = run(tmp_path, "batch_size=32", "steps=2", out="whole")
+    assert result.curve[1][1] == pytest.approx(whole.curve[1][1], abs=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    run(tmp_path, out="plain")
+    run(tmp_path, "activation_checkpointing=true", out="recomputed")
+    assert_equal(weights(tmp_path / "plain/model"), weights(tmp_path / "recomputed/model"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled(tmp_path):
+    plain, compiled = run(tmp_path, out="plain"), run(tmp_path, "compile=true", out="compiled")
+    for (_, a), (_, b) in zip(plain.curve, compiled.curve, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+
+    def scored(self, step, console):
+        loss = next(losses)
+        self._best = loss < self.progress.best_loss
+        self.progress.best_loss = min(loss, self.progress.best_loss)
+
+    monkeypatch.setattr(loop._Run, "_evaluate", scored)
+    run(tmp_path, "checkpoint.every=1", "checkpoint.keep_last=2", "evaluation.every=1")
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.is_dir())
+    assert names == ["step-0000002", "step-0000005", "step-0000006"]
+    assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["name"] == "step-0000002"
+
+
+def test_starting_from_a_checkpoint(tmp_path):
+    first = run(tmp_path, "steps=30", out="first")
+    # Without warm-up's effect on the first step: the loss of step 1 is that of the weights taken over.
+    second = run(tmp_path, "steps=2", "data.seed=1", out="second", init_from=tmp_path / "first")
+    assert second.curve[0][1] < first.curve[0][1] - 1
+    with pytest.raises(CheckpointError, match=r"tensor .* has shape .* the config says"):
+        run(tmp_path, "model.d_model=40", "model.attention.heads=5", out="third", init_from=tmp_path / "first")
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves(tmp_path, number, caplog):
+    def interrupt(step: int, loss: float) -> None:
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, on_step=interrupt)
+    assert result.interrupted and result.steps == 2
+    assert "a checkpoint will be saved" in caplog.text
+    whole = run(tmp_path, out="whole")
+    assert result.curve + run(tmp_path, resume=True).curve == whole.curve
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def not_a_number(monkeypatch, at: int) -> None:
+    """The loss of step ``at`` (from 1) is NaN."""
+    real, seen = loop._Run._loss, [0]
+
+    def loss(self, batch):
+        seen[0] += 1
+        return real(self, batch) * (math.nan if seen[0] == at else 1.0)
+
+    monkeypatch.setattr(loop._Run, "_loss", loss)
+
+
+def test_not_a_number_stops(tmp_path, monkeypatch):
+    not_a_number(monkeypatch, 3)
+    with pytest.raises(TrainingError, match=r"step 3: loss nan.*samples 8 to 11.*on_nan: skip"):
+        run(tmp_path, "checkpoint.every=2")
+    assert [p.name for p in snapshot.checkpoints(tmp_path / "run")] == ["step-0000002"]
+
+
+def test_not_a_number_is_skipped(tmp_path, monkeypatch, caplog):
+    not_a_number(monkeypatch, 3)
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, "on_nan=skip")
+    assert "step 3: loss nan" in caplog.text and "samples 8 to 11: step skipped" in caplog.text
+    assert math.isfinite(result.loss) and result.steps == 6
+    facts = json.loads((tmp_path / "run/checkpoints/step-0000006/training.json").read_text())
+    assert facts["skipped"] == [3]
+
+
+def test_fp16_overflow_lowers_the_scale(tmp_path, monkeypatch, caplog):
+    real = torch.nn.utils.clip_grad_norm_
+    calls = [0]
+
+    def overflowing(parameters, limit):
+        calls[0] += 1
+        parameters = list(parameters)
+        if calls[0] == 2:
+            return torch.tensor(math.inf)
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, "precision=fp16", "steps=4")
+    assert "step 2: fp16 gradients overflowed" in caplog.text
+    facts = json.loads((tmp_path / "run/checkpoints/step-0000004/training.json").read_text())
+    assert facts["scaler"]["scale"] == 2.0**16 and facts["skipped"] == []
+
+
+def test_fp16_scale_starts_at_2_to_16_and_falls_on_overflow(tmp_path):
+    # A loss scaled by 2^16 whose gradients overflow fp16: the scaler halves until they fit.
+    run(tmp_path, "precision=fp16", "steps=3")
+    facts = json.loads((tmp_path / "run/checkpoints/step-0000003/training.json").read_text())
+    assert 0 < facts["scaler"]["scale"] <= 2.0**16
+
+
+def test_resuming_with_another_config_says_what_differs(tmp_path):
+    run(tmp_path, stop_after=2)
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr: 0\.01 -> 0\.02; steps: 6 -> 7.*--init-from"):
+        run(tmp_path, "optimizer.lr=0.02", "steps=7", resume=True)
+    assert run(tmp_path, "log_every=2", "checkpoint.keep_last=1", resume=True).steps == 6
+
+
+def test_resuming_with_changed_data(tmp_path):
+    run(tmp_path, stop_after=2)
+    path = tmp_path / "docs.jsonl"
+    path.write_text(path.read_text() + json.dumps({"text": "one more document that was not there"}) + "\n")
+    with pytest.raises(ValueError, match="the data differ from those the run was started with"):
+        run(tmp_path, resume=True)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    run(tmp_path, "steps=1")
+    with pytest.raises(CheckpointError, match=r"already holds a run \(step-0000001\); continue it with --resume"):
+        run(tmp_path, "steps=1")
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        run(tmp_path, out="elsewhere", resume=True)
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "training.safetensors", "training.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_named(tmp_path, part, damage):
+    run(tmp_path, stop_after=2)
+    path = tmp_path / "run/checkpoints/step-0000002" / part
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{part}.*(missing|truncated|not JSON)"):
+        run(tmp_path, resume=True)
+
+
+def test_a_foreign_tensor_in_the_training_state(tmp_path):
+    from safetensors.torch import save_file
+
+    run(tmp_path, stop_after=2)
+    path = tmp_path / "run/checkpoints/step-0000002/training.safetensors"
+    save_file({**read_tensors(path), "optimizer/blocks.9.nothing/momentum": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"blocks\.9\.nothing.*foreign"):
+        run(tmp_path, resume=True)
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 100 is smaller than the tokenizer's 257"):
+        run(tmp_path, "model.vocab_size=100")
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="device 'cuda:7' cannot be used"):
+        run(tmp_path, "device=cuda:7")
+
+
+def test_debug_checks_end_with_the_run(tmp_path, monkeypatch):
+    from llm_mlp.ops import backend
+
+    seen = []
+    run(tmp_path, "debug_checks=true", "steps=1", on_step=lambda step, loss: seen.append(backend._debug))
+    assert seen == [True] and backend._debug is False
+
+
+def test_without_held_out_documents(tmp_path):
+    result = run(tmp_path, "data.held_out=0", "steps=2")
+    assert result.evaluations == [] and math.isnan(result.bits_per_byte)

@@ -1,0 +1,53 @@
+"""A run of a second: a small model on bytes of short documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model_cases import SMALL
+
+from llm_mlp.config import TrainConfig, apply_overrides, build
+from llm_mlp.train import TrainResult, train
+
+WORDS = "the cat sat on a mat and saw how the sun went down over the old red barn by the sea".split()
+
+
+def write_documents(folder: Path, count: int = 40, name: str = "docs.jsonl") -> Path:
+    """Documents of 20 to 60 words, the same every time."""
+    path = folder / name
+    if not path.exists():
+        lines = []
+        for n in range(count):
+            words = [WORDS[(n * 7 + i * i + i * n) % len(WORDS)] for i in range(20 + n % 41)]
+            lines.append(json.dumps({"text": " ".join(words)}))
+        path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny(folder: Path, *overrides: str, out: str = "run") -> TrainConfig:
+    """A config whose run takes about a second."""
+    values: dict[str, Any] = {
+        "model": {**SMALL, "vocab_size": 257},
+        "data": {
+            "sources": [{"path": str(write_documents(folder))}],
+            "tokenizer": "byte",
+            "held_out": 0.2,
+            "seq_len": 32,
+            "cache_dir": str(folder / "cache"),
+        },
+        "optimizer": {"lr": 0.01},
+        "schedule": {"warmup": 2},
+        "evaluation": {"every": 0, "tokens": 512},
+        "checkpoint": {"every": 0, "keep_last": 10},
+        "out": str(folder / out),
+        "steps": 6,
+        "batch_size": 4,
+        "log_every": 1,
+    }
+    return build(TrainConfig, apply_overrides(values, overrides))
+
+
+def run(folder: Path, *overrides: str, out: str = "run", **options: Any) -> TrainResult:
+    return train(tiny(folder, *overrides, out=out), quiet=True, **options)
