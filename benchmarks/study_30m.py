@@ -42,8 +42,8 @@ VARIANTS = {
     "surprise": ["model=30m", "model.perception.surprise=true"],
     "routing": ["model=30m", "model.routing.last_layers=2"],
 }
-PROMPTS = ("", "The ", "In 1815 ", "She said ", "The city of ") * 2
-CODE_PROMPTS = ("", "import ", "def ", "class ", "# ") * 2
+PROMPTS = ("", "The", "In 1815", "She said", "The city of") * 2
+CODE_PROMPTS = ("", "import", "def", "class", "#") * 2
 
 
 def config_of(args: argparse.Namespace, *more: str) -> TrainConfig:

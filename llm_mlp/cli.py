@@ -65,7 +65,7 @@ def train(
     if not result.interrupted:
         typer.echo(
             f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, held-out {result.bits_per_byte:.4f} "
-            f"bits per byte\nllm-mlp generate --model {result.out} --prompt 'The '"
+            f"bits per byte\nllm-mlp generate --model {result.out} --prompt 'The old man'"
         )
 
 
@@ -111,6 +111,22 @@ def sweep(
         line = "  ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(found.losses.items()))
         verdict = "interior" if found.interior else "AT THE EDGE: widen --rates"
         typer.echo(f"{found.model}: {line}  -> {found.best:g} ({verdict})")
+
+
+@app.command()
+def config(
+    recipe: Annotated[str | None, typer.Argument(help="YAML file or recipe; nothing: the defaults.")] = None,
+    overrides: Overrides = None,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field, its default and what it does.")] = False,
+) -> None:
+    """Print the whole config of a run as YAML, presets and overrides filled in."""
+    from llm_mlp.config import TrainConfig, describe, dump, load
+    from llm_mlp.recipes import find
+
+    if fields:
+        typer.echo("\n".join(describe(TrainConfig)))
+    else:
+        typer.echo(dump(load(TrainConfig, find(recipe) if recipe else None, overrides or [])), nl=False)
 
 
 @app.command()
@@ -205,14 +221,14 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"at a context of {context} tokens, {dtype}")
-    for column in ("name", "parameters", "without embedding", "GFLOP/token", "state MB", "D", "L", "heads", "vocab"):
-        table.add_column(column, justify="left" if column == "name" else "right")
+    table = Table(title=f"at a context of {context:,} tokens, {dtype}")
+    for column in ("name", "params M", "no emb. M", "GFLOP/tok", "state MB", "D", "L", "heads", "vocab"):
+        table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     for r in rows:
         table.add_row(
             r["name"],
-            f"{r['parameters']:,}",
-            f"{r['parameters_without_embedding']:,}",
+            f"{r['parameters'] / 1e6:.1f}",
+            f"{r['parameters_without_embedding'] / 1e6:.1f}",
             f"{r['flops_per_token'] / 1e9:.3f}",
             f"{r['state_bytes'] / 1e6:.1f}",
             *(str(r[key]) for key in ("d_model", "n_layers", "heads", "vocab_size")),

@@ -421,6 +421,18 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def describe(cls: type[Config], prefix: str = "") -> list[str]:
+    """Every field, one line each: ``optimizer.lr = 0.004  peak rate ...``."""
+    lines: list[str] = []
+    for name, info in cls.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, Config):
+            lines += describe(type(default), f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} = {default!r}" + (f"  {info.description}" if info.description else ""))
+    return lines
+
+
 def diff(old: Config, new: Config, prefix: str = "") -> list[str]:
     """What differs, one line a field: ``optimizer.lr: 0.004 -> 0.001``."""
     lines: list[str] = []

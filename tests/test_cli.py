@@ -46,7 +46,9 @@ def trained(call, config, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("verb", ["", "train", "demo", "sweep", "prepare", "generate", "info", "eval text", "bench train"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "demo", "sweep", "prepare", "generate", "info", "eval text", "bench train"]
+)
 def test_help(call, verb):
     status, out, _ = call(*verb.split(), "--help")
     assert status == 0 and "Usage: " in out
@@ -68,6 +70,8 @@ def test_info(call):
     assert facts["state_bytes"] < 100e6
     wide = json.loads(call("info", "--preset", "900m", "--json", "--dtype", "fp32")[1])
     assert wide["state_bytes"] > facts["state_bytes"] and wide["parameters"] == facts["parameters"]
+    every = json.loads(call("info", "--json")[1])
+    assert {row["name"] for row in every} >= {"demo", "30m", "900m-transformer"}
     status, out, _ = call("info")
     assert status == 0 and "900m-transformer" in out
 

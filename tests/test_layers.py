@@ -21,7 +21,8 @@ LAYERS = [
     ["infer", "eval", "bench"],
     ["train"],
     ["recipes"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: i for i, row in enumerate(LAYERS) for name in row}
 
@@ -37,7 +38,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            names = [f"{node.module}.{alias.name}" if node.module == "llm_mlp" else str(node.module) for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "llm_mlp" else str(node.module) for alias in node.names
+            ]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
@@ -71,7 +74,8 @@ def test_ops_import_torch_and_triton_only():
 
 
 def test_help_is_quick():
-    code = "import sys; sys.argv = ['llm-mlp', '--help']\nimport llm_mlp.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['llm-mlp', '--help']\nimport llm_mlp.cli as c\n"
+    code += "try: c.main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'numpy', 'matplotlib', 'tensorboard'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

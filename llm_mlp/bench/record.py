@@ -29,7 +29,9 @@ def device_name(device: torch.device | str) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, ``+`` behind it if files differ; LLM_MLP_COMMIT where there is no git."""
+    """LLM_MLP_COMMIT if set (a copy without its history), else the checkout's, ``+`` behind it if files differ."""
+    if "LLM_MLP_COMMIT" in os.environ:
+        return os.environ["LLM_MLP_COMMIT"]
     here = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -40,7 +42,7 @@ def commit() -> str:
         ).stdout.strip()
         return head + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LLM_MLP_COMMIT", "unknown")
+        return "unknown"
 
 
 def record(path: str | Path, kind: str, values: dict[str, Any], *, device: torch.device | str, seed: int) -> dict:

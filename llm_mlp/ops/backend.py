@@ -22,7 +22,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     """The implementation that runs: ``"reference"`` or ``"chunked"``.
 
     Raises:
-        ValueError: unknown name. NotImplementedError: ``triton``, which this version does not have.
+        ValueError: an unknown name, or ``triton``, which this version does not have.
     """
     if backend == "auto":
         key = (op, "chunked", device.type)

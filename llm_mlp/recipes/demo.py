@@ -30,7 +30,8 @@ from llm_mlp.recipes.report import Figure, Series, write_report
 from llm_mlp.train import TrainResult, train
 
 CONTEXTS = (512, 4096, 16384)
-PROMPTS = ("", "The ", "It was a dark night, and ")
+# No space at the end: the first token would have to be one that follows a lone space.
+PROMPTS = ("", "The", "It was a dark night, and")
 NAMES = {"perception": "perception heads", "transformer": "transformer twin"}
 _MARKER = "demo.json"
 
@@ -102,7 +103,7 @@ def next_command(out: Path) -> str:
     if own.is_file() and (found is None or Path(found).resolve() != own.resolve()):
         # Not on the PATH (make demo uses .venv): name it by its path, relative where that is shorter.
         program = str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
-    return f"{shlex.quote(program)} generate --model {shlex.quote(str(out / 'perception'))} --prompt 'The '"
+    return f"{shlex.quote(program)} generate --model {shlex.quote(str(out / 'perception'))} --prompt 'The old man'"
 
 
 def _fresh(out: Path) -> None:

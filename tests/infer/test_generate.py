@@ -57,7 +57,9 @@ def test_padded_vocabulary_is_never_chosen():
     assert max(generate(model, PROMPT, max_tokens=60, seed=0, vocabulary=11)) < 11
 
 
-@pytest.mark.parametrize(("prompt", "says"), [([], "the prompt is empty"), ([1, 61], "token 61 is outside"), ([-1], "-1")])
+@pytest.mark.parametrize(
+    ("prompt", "says"), [([], "the prompt is empty"), ([1, 61], "token 61 is outside"), ([-1], "-1")]
+)
 def test_bad_prompts(prompt, says):
     with pytest.raises(ValueError, match=says):
         next(generate(random_model("plain"), prompt, max_tokens=1))
@@ -111,4 +113,3 @@ def test_repetition_penalty():
 def test_bad_values(field, value):
     with pytest.raises(ValueError, match=f"{field} = {value} must be"):
         Sampling(**{field: value})
-

@@ -14,12 +14,14 @@ from llm_mlp.train.schedule import rate_factor, warmup_steps
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 40, 90), (2, 90, 40)])
 def test_newton_schulz_orthogonalises(shape):
+    """U diag(s) V^T becomes U diag(s') V^T with every s' near 1."""
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(newton_schulz(x))
-    assert values.min() > 0.3 and values.max() < 1.3
-    # The directions are those of x: U V^T has the same singular vectors.
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    assert ((u.mT @ newton_schulz(x) @ v.mT) - torch.diag_embed(values.sort(descending=True)[0])).abs().max() < 0.8
+    x = u * torch.linspace(1, 0.05, 40, dtype=torch.float64) @ v
+    inside = u.mT @ newton_schulz(x) @ v.mT
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-9
 
 
 def muon(p: torch.nn.Parameter, rows: tuple[int, ...] = ()) -> Muon:
@@ -29,7 +31,7 @@ def muon(p: torch.nn.Parameter, rows: tuple[int, ...] = ()) -> Muon:
 def stepped(p: torch.Tensor, g: torch.Tensor, rows: tuple[int, ...] = ()) -> torch.Tensor:
     own = torch.nn.Parameter(p.clone())
     optimizer = muon(own, rows)
-    for scale in (1.0, -0.5):
+    for scale in (1.0, 0.5):
         own.grad = scale * g
         optimizer.step()
     return own.detach()
@@ -51,23 +53,21 @@ def test_updates_have_adamws_size():
     torch.manual_seed(0)
     p = torch.zeros(64, 256, dtype=torch.float64)
     change = stepped(p, torch.randn(64, 256, dtype=torch.float64)) / 0.1
-    assert 0.1 < change.square().mean().sqrt() < 0.5  # 0.2 a step
+    assert 0.3 < change.square().mean().sqrt() < 0.5  # 0.2 a step
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("extra", [{}, {"perception": {"features": 64, "erase": "free"}}, {"pattern": ["attention"]}])
 def test_every_parameter_once_and_decay_on_matrices_only(name, extra):
     values = {**SMALL, "d_model": 64, "attention": {"heads": 4, "head_dim": 16}, "ffn": {"hidden": 96}}
-    values["perception"] = {**SMALL["perception"], "read_width": 64, "features": 64, "gate_rank": 32}
+    values["perception"] = {**SMALL["perception"], "read_width": 64, "features": 64, "gate_rank": 32, "value_width": 8}
     values |= {k: {**values[k], **v} if isinstance(v, dict) else v for k, v in extra.items()}
     model = build_model(build(ModelConfig, values)).randomize_()
     names = {id(p): n for n, p in model.named_parameters()}
     optimizers = make_optimizers(model, build(OptimizerConfig, {"name": name}))
     held = [names[id(p)] for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(names.values())
-    decayed = {
-        names[id(p)] for o in optimizers for g in o.param_groups for p in g["params"] if g["weight_decay"] > 0
-    }
+    decayed = {names[id(p)] for o in optimizers for g in o.param_groups for p in g["params"] if g["weight_decay"] > 0}
     assert any(n.endswith("in_proj.weight") or n.endswith("qkv.weight") for n in decayed)
     for n in names.values():
         if n.endswith(("bias", "slope", "log_rate", "sink", "gain", "conv")) or not n.startswith("blocks."):

@@ -1,0 +1,80 @@
+"""README, docs and examples: commands parse, links lead somewhere, examples run, tables are what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from llm_mlp.cli import app
+from llm_mlp.config import TrainConfig, load
+from llm_mlp.recipes import find
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    line.strip().partition("  #")[0]
+    for page in PAGES
+    for line in page.read_text(encoding="utf8").splitlines()
+    if re.match(r"^    (\.venv/bin/)?llm-mlp ", line)
+]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    words = shlex.split(command)[1:]
+    group = typer.main.get_command(app)
+    context = typer.Context(group)
+    while hasattr(group, "commands"):
+        assert words[0] in group.commands, f"no verb {words[0]}"
+        group = group.commands[words.pop(0)]
+    context = group.make_context(group.name, list(words))  # an unknown option or a bad value raises
+    overrides = context.params.get("overrides") or []
+    recipe = context.params.get("recipe") or (context.params.get("config") if group.name != "demo" else None)
+    if recipe:
+        assert load(TrainConfig, find(recipe), overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"\b(?:examples|benchmarks|docs)/[\w./-]+\w", (ROOT / "README.md").read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path):
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_table_of_the_study_is_its_results():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/30m.jsonl").read_text().splitlines()]
+    found = {(r["corpus"], r["variant"]): r for r in lines if r["kind"] == "train"}
+    text = (ROOT / "docs/model.md").read_text(encoding="utf8")
+    rows = text[text.index("<!-- table: study -->") :].split("\n\n")[0].splitlines()[3:]
+    names = {"`30m`": "preset", "softmax": "softmax", "pure": "pure", "transformer": "twin", "wide": "wide"}
+    assert len(rows) == len({variant for _, variant in found})
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        own = [found[corpus, names[name.split()[0]]] for corpus in ("text", "code")]
+        for cell, r in zip(cells[:2], own, strict=True):
+            assert cell == f"{r['held_out_loss']:.3f} ({r['bits_per_byte']:.3f})", row
+        for cell, r in zip(cells[2:], own, strict=True):
+            assert cell == f"{r['loss_by_position']['4096-8192']:.3f}", row
