@@ -221,8 +221,12 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"at a context of {context:,} tokens, {dtype}")
-    for column in ("name", "params M", "no emb. M", "GFLOP/tok", "state MB", "D", "L", "heads", "vocab"):
+    title = (
+        "million parameters with and without the embedding, forward GFLOP a token and MB of state\n"
+        f"at a context of {context:,} tokens, {dtype}"
+    )
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in ("name", "M", "w/o emb.", "GFLOP", "state MB", "D", "L", "heads", "vocab"):
         table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     for r in rows:
         table.add_row(
