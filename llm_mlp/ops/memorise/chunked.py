@@ -1,8 +1,8 @@
 """`memorise` a block at a time in plain torch: linear in T, differentiable, on any device.
 
 Tokens are laid out in blocks aligned to their sequence's start, the filled rows of the carried open block first.
-A chain of small stable sorts over the blocks decides every block's slots (only scores travel in it); then all
-blocks read at once: queries [block] against keys [slots + block], taken from one pool of rows.
+A prefix scan of small stable sorts decides every block's slots (only scores travel in it); then all blocks read at
+once: queries [block] against keys [slots + block], taken from one pool of rows.
 """
 
 from __future__ import annotations
@@ -53,46 +53,71 @@ def _prepare(
         real = (torch.arange(n * block, device=device) < T).view(n, block).repeat_interleave(B, 0)
     scores = torch.where(real[:, None], scores, -torch.inf)
 
-    # The chain, sequences in the layout's order. An open block is not taken in.
     lengths = torch.full((N,), T, device=device) if bounds is None else _differences(bounds, device)
     filled = torch.zeros_like(lengths) if lead is None else lead
     full = (filled + lengths) // block  # blocks completed
     order = torch.arange(N, device=device) if layout.order is None else layout.order
-    place = order[:, None, None] * slots + torch.arange(slots, device=device).expand(N, G, slots)
-    top = units.scores[order][:, :, :slots]
-    places, tops, ended = [], [], []
-    rows = torch.arange(block, device=device)
-    for r, here in enumerate(layout.slices()):
-        active = here.stop - here.start
-        if active < place.shape[0]:
-            ended.append((place[active:], top[active:]))
-            place, top = place[:active], top[:active]
-        places.append(place)
-        tops.append(top)
-        ids = torch.arange(here.start, here.stop, device=device)[:, None, None]
-        pick, best = ranked(torch.cat([top, scores[here]], -1), slots)
-        chosen = torch.cat([place, N * slots + ids * block + rows.expand(active, G, block)], -1).gather(-1, pick)
-        done = (r < full[order[:active]])[:, None, None]
-        place, top = torch.where(done, chosen, place), torch.where(done, best, top)
-    ended.append((place, top))
     rank = order if layout.rank is None else layout.rank
-    place, top = (torch.cat([e[i] for e in ended[::-1]])[rank] for i in (0, 1))
+    seen, last, tops = _choose_slots(scores, units.scores[order][:, :, :slots], layout.rounds, order, full[order])
+    place, top = last[rank], tops[1][rank]
 
     # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
     starts = torch.tensor([*layout.starts, 0], device=device)
-    last = (starts[full.clamp(max=len(layout.rounds))] + rank).clamp(max=layout.count - 1)  # [N] its piece
+    piece = (starts[full.clamp(max=len(layout.rounds))] + rank).clamp(max=layout.count - 1)  # [N]
+    rows = torch.arange(block, device=device)
     opened_real = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
-    open_place = (N * slots + last[:, None] * block + rows)[:, None].expand(N, G, block)
+    open_place = (N * slots + piece[:, None] * block + rows)[:, None].expand(N, G, block)
     every = torch.cat([place, open_place], -1)
     used = torch.cat([top > -torch.inf, opened_real[:, None].expand(N, G, block)], -1)
-    open_scores = torch.where(opened_real[:, None], scores[last], -torch.inf)
+    open_scores = torch.where(opened_real[:, None], scores[piece], -torch.inf)
     left = Units(
         take_rows(keys, every, used),
         take_rows(values, every, used).unflatten(-1, w.shape[-2:]),
         torch.cat([top, open_scores], -1),
         units.length + lengths,
     )
-    return _Rows(layout, keys, values, torch.cat(places), torch.cat(tops) > -torch.inf), left
+    return _Rows(layout, keys, values, seen, tops[0] > -torch.inf), left
+
+
+def _choose_slots(
+    scores: Tensor, carried: Tensor, rounds: list[int], order: Tensor, full: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The slots before each block and after the last full one: places in the pool, and scores.
+
+    Taking in a block keeps the best of what was there and the block, so the slots before block r are the best of the
+    carried ones and of blocks 0 .. r-1: a prefix scan with an associative merge, log2(blocks) rounds of small sorts.
+
+    Args:
+        scores: of the blocks' rows ``[b, G, block]``. carried: of the carried slots ``[N, G, slots]``, longest
+            sequence first. rounds: blocks of each round. order: the sequences, longest first. full: their full blocks.
+
+    Returns:
+        Places ``[b, G, slots]`` and ``[N, G, slots]`` (longest first), and the scores of both.
+    """
+    b, G, block = scores.shape
+    N, _, slots = carried.shape
+    device = scores.device
+    # Elements of the scan, a round at a time: the carried slots, then the best rows of each block.
+    sizes = torch.tensor([N, *rounds], device=device)
+    starts = sizes.cumsum(0) - sizes
+    turn = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes, output_size=N + b)
+    row = torch.arange(N + b, device=device) - starts[turn]
+    done = turn[N:] <= full[row[N:]]  # an open block is not taken in
+    pick, best = ranked(torch.where(done[:, None, None], scores, -torch.inf), slots)
+    own = N * slots + torch.arange(b, device=device)[:, None, None] * block + pick
+    place = torch.cat([(order[:, None, None] * slots + torch.arange(slots, device=device)).expand(N, G, slots), own])
+    top = torch.cat([carried, best])
+    step, ends = 1, [N, *(N + sum(rounds[:r]) for r in range(1, len(rounds)))]
+    while step <= len(rounds):
+        cut = ends[step - 1]  # elements of earlier rounds are complete
+        before = starts[turn[cut:] - step] + row[cut:]
+        pick, merged = ranked(torch.cat([top[before], top[cut:]], -1), slots)
+        both = torch.cat([place[before], place[cut:]], -1).gather(-1, pick)
+        place, top = torch.cat([place[:cut], both]), torch.cat([top[:cut], merged])
+        step *= 2
+    before = starts[turn[N:] - 1] + row[N:]
+    last = starts[full] + torch.arange(N, device=device)
+    return place[before], place[last], (top[before], top[last])
 
 
 def _differences(bounds: list[int], device: torch.device) -> Tensor:

@@ -294,9 +294,7 @@ def _gradients(
         dg += tl.where(i == C - 1, ended, 0.0)
         back = tl.sum(dg, 0) - tl.cumsum(dg, 0) + dg  # sum over i >= t
         d = tl.load(resets_ptr + at + i - 1, mask=i > 0, other=0)  # a reset raises the count
-        tl.store(
-            ddecay_ptr + (start + i) * (G * m) + g * m + h, tl.where(r == d, back, 0.0), mask=i < length
-        )
+        tl.store(ddecay_ptr + (start + i) * (G * m) + g * m + h, tl.where(r == d, back, 0.0), mask=i < length)
     # dX = -tril(M^T dM M^T, -1) and its transpose, each from loads, not by transposing a product.
     base = (chunk * G + g) * C * C
     M = tl.load(inverse_ptr + base + square)
