@@ -150,8 +150,9 @@ class LM(nn.Module):
         earlier: list[Tensor] = []
         after: State = {}
         routed = self.config.routing.last_layers > 0
+        states = self._by_layer(state) if state else None
         for i, block in enumerate(self.blocks):
-            own = _layer(state, i) if state else None
+            own = states[i] if states else None
             args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
             if routed:
                 earlier.append(x)
@@ -170,15 +171,19 @@ class LM(nn.Module):
         """
         self._check_tokens(tokens)
         check_indices("LM.step", state_indices, len(tokens), len(next(iter(state.values()))))
-        x = rms_norm(self.embedding(tokens), self.config.norm_eps)
-        earlier: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            own = _layer(state, i)
-            y = block.step(x, earlier, own, state_indices)
-            earlier.append(x)
-            x = y
-            state.update({f"layers.{i}.{name}": t for name, t in own.items()})
-        return self._logits(rms_norm(x, self.config.norm_eps))
+        # A token is a few hundred small operations; without autograd's books each is cheaper.
+        with torch.inference_mode():
+            x = rms_norm(self.embedding(tokens), self.config.norm_eps)
+            earlier: list[Tensor] = []
+            for i, (block, own) in enumerate(zip(self.blocks, self._by_layer(state), strict=True)):
+                before = dict(own)
+                y = block.step(x, earlier, own, state_indices)
+                earlier.append(x)
+                x = y
+                # Most tensors change in place; a cache that has grown is another one.
+                state.update({f"layers.{i}.{name}": t for name, t in own.items() if t is not before[name]})
+            logits = self._logits(rms_norm(x, self.config.norm_eps))
+        return logits.clone()  # a plain tensor
 
     def init_state(
         self, batch: int = 1, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, context=0
@@ -191,6 +196,14 @@ class LM(nn.Module):
             for i, block in enumerate(self.blocks)
             for name, t in block.mixer.init_state(batch, dtype=dtype, device=device, context=context).items()
         }
+
+    def _by_layer(self, state: State) -> list[State]:
+        """The state of each layer, under the mixer's own names."""
+        parts: list[State] = [{} for _ in self.blocks]
+        for full, t in state.items():
+            _, layer, name = full.split(".", 2)
+            parts[int(layer)][name] = t
+        return parts
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -206,11 +219,6 @@ class LM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"token {bad} is outside the vocabulary of {self.config.vocab_size}")
-
-
-def _layer(state: State, i: int) -> State:
-    prefix = f"layers.{i}."
-    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
 
 
 def model_cost(config: ModelConfig, *, context: int = 2048, dtype_bytes: int = 2) -> Cost:

@@ -37,11 +37,12 @@ class PerceptionMixer(Mixer):
         self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
         G, R, V, width = c.groups, c.read_width, c.value_width, c.gate_rank
         D, H = config.d_model, c.heads
-        self.qkv_split = (G * R, G * R, H * V)
-        channels = sum(self.qkv_split)
+        qkv = (G * R, G * R, H * V)
+        self.qk_split = (2 * G * R, H * V)
+        channels = sum(qkv)
         gates = [kind for kind, on in _gates(config) if on]
         self.gate_names = gates
-        rows = (*self.qkv_split, *(width for _ in gates))
+        rows = (*qkv, *(width for _ in gates))
         self.fused_rows = {"in_proj.weight": rows}
         self.in_split = (channels, *(width for _ in gates))
         self.in_proj = Linear(D, sum(rows), bias=False)
@@ -60,7 +61,7 @@ class PerceptionMixer(Mixer):
         self.first_slope = nn.Parameter(torch.empty(G, c.features)) if c.wide and c.learned_slope else None
         self.surprise_gain = nn.Parameter(torch.empty(H)) if c.surprise else None
         if c.block:
-            self.q_gain, self.k_gain = nn.Parameter(torch.empty(R)), nn.Parameter(torch.empty(R))
+            self.units_gain = nn.Parameter(torch.empty(2, R))  # of the memorised units' reads and keys
             self.sink = nn.Parameter(torch.empty(G))
         self.out_proj = Linear(H * V, D, bias=False)
 
@@ -94,8 +95,7 @@ class PerceptionMixer(Mixer):
             with torch.no_grad():
                 self.log_rate.copy_(-ladder.repeat(self.groups))
         if self.block:
-            nn.init.ones_(self.q_gain)
-            nn.init.ones_(self.k_gain)
+            nn.init.ones_(self.units_gain)
             nn.init.zeros_(self.sink)
 
     # -- the pieces that whole sequences and single tokens share; leading dimensions are [B, T] or [B] ---------
@@ -105,11 +105,12 @@ class PerceptionMixer(Mixer):
         G, m, V = self.groups, self.heads_per_group, self.value_width
         u = qkv.float() if qkv.dtype in (torch.bfloat16, torch.float16) else qkv
         u = (u * torch.sigmoid(u if self.slope is None else u * self.slope)).to(qkv.dtype)
-        q, k, v = (t.unflatten(-1, (G, -1)) for t in u.split(self.qkv_split, -1))
-        w = v.unflatten(-1, (m, V))
+        qk, v = u.split(self.qk_split, -1)
+        qk, w = qk.unflatten(-1, (2, G, -1)), v.unflatten(-1, (G, m, V))  # q and k are treated alike: as one
         if self.write_up is not None:
             w = w * (2 * torch.sigmoid(self.write_up(low["write"]))).view_as(w)
-        out = {"q": self._first(q), "k": self._first(k), "w": w}
+        q, k = self._first(qk).unbind(-3)
+        out = {"q": q, "k": k, "w": w}
         out["e"] = self._erase(out["k"], low)
         heads = self.head_proj(x) if self.head_proj is not None else None
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -121,8 +122,8 @@ class PerceptionMixer(Mixer):
             out["log_decay"] = x.new_zeros(shape, dtype=wide)
         if self.block and heads is not None:
             out["units_gate"] = torch.sigmoid(heads[..., self.head_split[0] :]).view(*shape, 1)
-            out["units_q"] = rms_norm(q, self.eps) * self.q_gain.to(q.dtype)
-            out["units_k"] = rms_norm(k, self.eps) * self.k_gain.to(k.dtype)
+            units = rms_norm(qk, self.eps) * self.units_gain[:, None].to(qk.dtype)
+            out["units_q"], out["units_k"] = units.unbind(-3)
         return out
 
     def _first(self, z: Tensor) -> Tensor:

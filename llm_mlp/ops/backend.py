@@ -38,6 +38,11 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
+def debugging() -> bool:
+    """Whether the value checks are on."""
+    return _debug
+
+
 def set_debug_checks(on: bool) -> None:
     """Switch the value checks (NaN inputs, positive decays) of every op; they read the data, so they cost time."""
     global _debug
@@ -96,5 +101,5 @@ def sequence_bounds(cu_seqlens: torch.Tensor, batch: int, length: int, op: str) 
 
 def expect(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise `ValueError` unless ``tensor`` has ``shape``."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -81,8 +81,8 @@ def naive_perception(model: LM, layer: int, x: Tensor) -> Tensor:
     if c.block:
         share = sigmoid(heads[..., H * c.decay :]).reshape(B, T, G, m, 1)
         read, _ = naive_memorise(
-            normed(q, eps) * p["q_gain"],
-            normed(k, eps) * p["k_gain"],
+            normed(q, eps) * p["units_gain"][0],
+            normed(k, eps) * p["units_gain"][1],
             w,
             residual.sum(-1),
             p["sink"],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, expect, sequence_bounds
+from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, debugging, expect, sequence_bounds
 from llm_mlp.ops.memorise import chunked, reference, step
 from llm_mlp.ops.memorise.units import Units, check_sizes, check_units, units_init
 from llm_mlp.ops.perceive import check_indices
@@ -73,7 +73,7 @@ def memorise(
     with torch.autocast(q.device.type, enabled=False):
         if kind == "reference":
             return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
-        return chunked.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, fresh=units is None)
+        return chunked.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, empty=units is None)
 
 
 def units_select(
@@ -128,8 +128,9 @@ def memorise_step(
     check_indices("memorise_step", state_indices, B, N)
     if activation not in ACTIVATIONS:
         raise ValueError(f"memorise_step: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    check_values("memorise_step", q=q, k=k, w=w, sink=sink, score=score)
-    check_values("memorise_step", **{"units.keys": units.keys, "units.values": units.values})
+    if debugging():
+        check_values("memorise_step", q=q, k=k, w=w, sink=sink, score=score)
+        check_values("memorise_step", **{"units.keys": units.keys, "units.values": units.values})
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return step.memorise_step(q, k, w, score, sink, units, state_indices, block, slots, activation)
 

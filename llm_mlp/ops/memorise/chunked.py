@@ -20,33 +20,54 @@ from llm_mlp.ops.memorise.units import Units, ranked, take_rows
 _READ_NUMBERS = 2**28
 
 
-class _Rows(NamedTuple):
-    """Every row that can be read, and which. b blocks, P = N*slots + b*block rows in the pools."""
+class Pool(NamedTuple):
+    """Rows by place: first all carried slots, then the blocks' rows."""
+
+    rows: Tensor  # [P, G, X]; the rows of block b are from start[b] on
+    start: Tensor  # [b]
+    carried: Tensor | None  # [N*slots, G, X]; None: no slot is carried
+    base: int  # N*slots, the first place of the first block
+    block: int
+
+    def take(self, place: Tensor, used: Tensor) -> Tensor:
+        """The rows at ``place [..., G, S]`` -> ``[..., G, S, X]``, zero where not ``used``."""
+        piece = (place - self.base).clamp(min=0)
+        taken = take_rows(self.rows, self.start[piece // self.block] + piece % self.block, used)
+        if self.carried is None:
+            return taken
+        kept = used & (place < self.base)
+        return torch.where(kept[..., None], take_rows(self.carried, place.clamp(max=self.base - 1), kept), taken)
+
+
+class Chosen(NamedTuple):
+    """Which rows are read and which are left, as places in a `Pool`."""
 
     layout: Pieces
-    keys: Tensor  # [P, G, R]: all carried slots, then the blocks' places
-    values: Tensor  # [P, G, m V]
-    place: Tensor  # [b, G, slots] the slots a block sees, as places in the pool
+    seen: Tensor  # [b, G, slots] the slots a block sees
     used: Tensor  # [b, G, slots] whether they hold a token
+    left: Tensor  # [N, G, slots + block] the rows after the last token
+    left_used: Tensor
+    left_scores: Tensor  # [N, G, slots + block]
+    length: Tensor  # [N]
+
+    def units(self, keys: Pool, values: Pool, heads: tuple[int, ...]) -> Units:
+        """What is memorised after the last token; ``heads``: (m, V)."""
+        return Units(
+            keys.take(self.left, self.left_used),
+            values.take(self.left, self.left_used).unflatten(-1, heads),
+            self.left_scores,
+            self.length,
+        )
 
 
-def _prepare(
-    k: Tensor, w: Tensor, score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None, fresh: bool
-) -> tuple[_Rows, Units]:
-    """The rows to read, and the units after the last token."""
-    B, T, G = k.shape[:3]
+def choose(score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None, fresh: bool) -> Chosen:
+    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block."""
+    B, T, G = score.shape
     N = units.length.shape[0]
-    device = k.device
+    device = score.device
     lead = None if fresh else units.length % block
     layout = pieces(block, B, T, bounds, device, lead)
-
-    def pooled(x: Tensor, carried: Tensor) -> Tensor:
-        opened = None if fresh else carried[:, :, slots:].transpose(1, 2)
-        return torch.cat([carried[:, :, :slots].transpose(1, 2).flatten(0, 1), layout.split(x, opened).flatten(0, 1)])
-
-    keys, values = pooled(k, units.keys), pooled(w.flatten(3), units.values.flatten(3))
-    opened = None if fresh else units.scores[:, :, slots:].transpose(1, 2)
-    scores = layout.split(score, opened).transpose(1, 2)  # [b, G, block]
+    scores = layout.split(score, lead_rows(units.scores, slots, fresh)).transpose(1, 2)  # [b, G, block]
     real = layout.real
     if real is None:
         n = len(layout.rounds)
@@ -59,24 +80,28 @@ def _prepare(
     order = torch.arange(N, device=device) if layout.order is None else layout.order
     rank = order if layout.rank is None else layout.rank
     seen, last, tops = _choose_slots(scores, units.scores[order][:, :, :slots], layout.rounds, order, full[order])
-    place, top = last[rank], tops[1][rank]
+    top = tops[1][rank]
 
     # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
     starts = torch.tensor([*layout.starts, 0], device=device)
     piece = (starts[full.clamp(max=len(layout.rounds))] + rank).clamp(max=layout.count - 1)  # [N]
     rows = torch.arange(block, device=device)
-    opened_real = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
+    opened = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
     open_place = (N * slots + piece[:, None] * block + rows)[:, None].expand(N, G, block)
-    every = torch.cat([place, open_place], -1)
-    used = torch.cat([top > -torch.inf, opened_real[:, None].expand(N, G, block)], -1)
-    open_scores = torch.where(opened_real[:, None], scores[piece], -torch.inf)
-    left = Units(
-        take_rows(keys, every, used),
-        take_rows(values, every, used).unflatten(-1, w.shape[-2:]),
-        torch.cat([top, open_scores], -1),
+    return Chosen(
+        layout,
+        seen,
+        tops[0] > -torch.inf,
+        torch.cat([last[rank], open_place], -1),
+        torch.cat([top > -torch.inf, opened[:, None].expand(N, G, block)], -1),
+        torch.cat([top, torch.where(opened[:, None], scores[piece], -torch.inf)], -1),
         units.length + lengths,
     )
-    return _Rows(layout, keys, values, seen, tops[0] > -torch.inf), left
+
+
+def lead_rows(carried: Tensor, slots: int, fresh: bool) -> Tensor | None:
+    """The open block's rows of ``carried [N, G, slots + block, ...]`` as lead rows ``[N, block, G, ...]``."""
+    return None if fresh else carried[:, :, slots:].transpose(1, 2)
 
 
 def _choose_slots(
@@ -134,13 +159,30 @@ def is_fresh(units: Units, block: int) -> bool:
     return not units.length.is_cuda and not bool((units.length % max(block, 1)).any())
 
 
+def _pools(
+    k: Tensor, w: Tensor, units: Units, layout: Pieces, block: int, slots: int, fresh: bool, empty: bool
+) -> tuple[Pool, Pool]:
+    """Keys and values laid out in blocks; ``empty``: no slot is carried."""
+    start = torch.arange(layout.count, device=k.device) * block
+
+    def pool(x: Tensor, carried: Tensor) -> Pool:
+        rows = layout.split(x, lead_rows(carried, slots, fresh)).flatten(0, 1)
+        held = None if empty or not slots else carried[:, :, :slots].transpose(1, 2).flatten(0, 1)
+        return Pool(rows, start, held, carried.shape[0] * slots, block)
+
+    return pool(k, units.keys), pool(w.flatten(3), units.values.flatten(3))
+
+
 def units_select(
     k: Tensor, w: Tensor, score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None
 ) -> Units:
     """As `llm_mlp.ops.units_select` on checked inputs."""
     if block == 0 or k.numel() == 0:
         return _unread(units, k.shape[1], bounds)
-    return _prepare(k, w, score, units, block, slots, bounds, is_fresh(units, block))[1]
+    fresh = is_fresh(units, block)
+    chosen = choose(score, units, block, slots, bounds, fresh)
+    pools = _pools(k, w, units, chosen.layout, block, slots, fresh, False)
+    return chosen.units(*pools, w.shape[-2:])
 
 
 def memorise(
@@ -154,32 +196,35 @@ def memorise(
     slots: int,
     activation: str,
     bounds: list[int] | None,
-    fresh: bool = False,
+    empty: bool = False,
 ) -> tuple[Tensor, Units]:
-    """As `llm_mlp.ops.memorise` on checked inputs; ``fresh``: no sequence carries an open block."""
+    """As `llm_mlp.ops.memorise` on checked inputs; ``empty``: ``units`` are those of `units_init`."""
     if block == 0 or q.numel() == 0:
         return torch.zeros_like(w), _unread(units, q.shape[1], bounds)
-    rows, left = _prepare(k, w, score, units, block, slots, bounds, fresh or is_fresh(units, block))
-    q = rows.layout.split(q).transpose(1, 2)  # [b, G, block, R]
+    fresh = empty or is_fresh(units, block)
+    chosen = choose(score, units, block, slots, bounds, fresh)
+    keys, values = _pools(k, w, units, chosen.layout, block, slots, fresh, empty)
+    q = chosen.layout.split(q).transpose(1, 2)  # [b, G, block, R]
     sink = sink.to(accumulation_dtype(q, k, w)).view(1, -1, 1, 1)
     b, G = q.shape[:2]
     span = max(1, _READ_NUMBERS // (G * block * (slots + block)))
-    ys = [_read(q, rows, sink, slice(a, min(a + span, b)), block, slots, activation) for a in range(0, b, span)]
+    ys = [_read(q, keys, values, chosen, sink, slice(a, min(a + span, b)), activation) for a in range(0, b, span)]
     y = ys[0] if len(ys) == 1 else torch.cat(ys)
-    return rows.layout.join(y.transpose(1, 2)).unflatten(-1, w.shape[-2:]), left
+    y = chosen.layout.join(y.transpose(1, 2)).unflatten(-1, w.shape[-2:])
+    return y, chosen.units(keys, values, w.shape[-2:])
 
 
-def _read(q: Tensor, rows: _Rows, sink: Tensor, here: slice, block: int, slots: int, activation: str) -> Tensor:
+def _read(q: Tensor, keys: Pool, values: Pool, chosen: Chosen, sink: Tensor, here: slice, activation: str) -> Tensor:
     """The blocks ``here`` read: queries ``[b, G, block, R]`` -> ``[n, G, block, m V]``."""
-    q, place, used = q[here], rows.place[here], rows.used[here]
-    n, G = q.shape[:2]
-    carried = rows.keys.shape[0] - rows.layout.count * block
+    q, place, used = q[here], chosen.seen[here], chosen.used[here]
+    n, G, block = q.shape[:3]
+    slots = place.shape[-1]
 
-    def seen_rows(pool: Tensor) -> Tensor:
-        own = pool[carried + here.start * block : carried + here.stop * block].unflatten(0, (n, block)).transpose(1, 2)
-        return own if slots == 0 else torch.cat([take_rows(pool, place), own], 2)
+    def seen_rows(pool: Pool) -> Tensor:
+        own = pool.rows[here.start * block : here.stop * block].unflatten(0, (n, block)).transpose(1, 2)
+        return own if slots == 0 else torch.cat([pool.take(place, used), own], 2)
 
-    z = (q @ seen_rows(rows.keys).mT).to(sink.dtype) * q.shape[-1] ** -0.5  # [n, G, block, slots + block]
+    z = (q @ seen_rows(keys).mT).to(sink.dtype) * q.shape[-1] ** -0.5  # [n, G, block, slots + block]
     causal = torch.ones(block, block, dtype=torch.bool, device=q.device).tril().expand(n, G, block, block)
     seen = torch.cat([used[:, :, None].expand(n, G, block, slots), causal], -1)
     if activation == "softmax":
@@ -188,4 +233,4 @@ def _read(q: Tensor, rows: _Rows, sink: Tensor, here: slice, block: int, slots: 
     else:
         r2 = torch.where(seen, z, 0).relu().square()
         p = r2 / (r2.sum(-1, keepdim=True) + sink.exp())
-    return p.to(q.dtype) @ seen_rows(rows.values)
+    return p.to(q.dtype) @ seen_rows(values)

@@ -43,29 +43,35 @@ def memorise_step(
         units.length.add_(1)
         return torch.zeros_like(w)
     dtype = accumulation_dtype(q, k, w)
-    at = torch.arange(B, device=q.device)
     filled = units.length % block
-    units.keys[at, :, slots + filled] = k.to(units.keys.dtype)
-    units.values[at, :, slots + filled] = w.to(units.values.dtype)
-    units.scores[at, :, slots + filled] = score.to(units.scores.dtype)
-
-    rows = slots + block
-    place = torch.arange(block, device=q.device)
-    opened = (place <= filled[:, None])[:, None].expand(B, G, block)
-    seen = torch.cat([units.scores[:, :, :slots] > -torch.inf, opened], -1)
-    z = (units.keys.to(q.dtype).reshape(B * G, rows, R) @ q.reshape(B * G, R, 1)).view(B, G, rows).to(dtype) * R**-0.5
+    # On a CPU lengths cost nothing to look at: sequences of one length are written by a plain copy, and the rows of the
+    # open block that are still empty are not read. Reading the rows is what a token costs.
+    lengths = [block - 1] if filled.is_cuda else filled.tolist()
+    even = not filled.is_cuda and len(set(lengths)) == 1
+    rows = slots + max(lengths, default=0) + 1
+    for whole, new in ((units.keys, k), (units.values, w), (units.scores, score)):
+        if even:
+            whole[:, :, rows - 1] = new
+        else:
+            whole[torch.arange(B, device=q.device), :, slots + filled] = new.to(whole.dtype)
+    keys, values = (x[:, :, :rows].flatten(0, 1).flatten(2) for x in (units.keys, units.values))
+    z = torch.bmm(q.reshape(B * G, 1, R), keys.to(q.dtype).mT).view(B, G, rows).to(dtype) * R**-0.5
+    unseen = -torch.inf if activation == "softmax" else 0.0
+    z[..., :slots].masked_fill_(units.scores[:, :, :slots] == -torch.inf, unseen)
+    if not even:
+        place = torch.arange(rows - slots, device=q.device)
+        z[..., slots:].masked_fill_((place > filled[:, None])[:, None], unseen)
     s = sink.to(dtype).view(1, G, 1)
     if activation == "softmax":
-        masked = torch.where(seen, z, -torch.inf)
-        p = torch.softmax(torch.cat([s.expand(B, G, 1), masked], -1), -1)[..., 1:]
+        p = torch.softmax(torch.cat([s.expand(B, G, 1), z], -1), -1)[..., 1:]
     else:
-        r2 = torch.where(seen, z, 0).relu().square()
+        r2 = z.relu_().square_()
         p = r2 / (r2.sum(-1, keepdim=True) + s.exp())
-    y = p.to(w.dtype).reshape(B * G, 1, rows) @ units.values.to(w.dtype).reshape(B * G, rows, m * V)
+    y = torch.bmm(p.to(w.dtype).reshape(B * G, 1, rows), values.to(w.dtype))
 
     units.length.add_(1)
     full = filled == block - 1
-    if bool(full.any()):
+    if block - 1 in lengths and bool(full.any()):
         _take_in(units, full.nonzero()[:, 0], slots)
     return y.view(B, G, m, V)
 

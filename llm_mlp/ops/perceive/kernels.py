@@ -226,7 +226,8 @@ def _scan_back(
 
 @triton.jit
 def _gradients(
-    q_ptr, k_ptr, e_ptr, w_ptr, dy_ptr, r_ptr, u_ptr, du_ptr, dr_ptr, residual_ptr, dresidual_ptr, before_ptr, dafters_ptr,
+    q_ptr, k_ptr, e_ptr, w_ptr, dy_ptr, r_ptr, u_ptr, du_ptr, dr_ptr,
+    residual_ptr, dresidual_ptr, before_ptr, dafters_ptr,
     inverse_ptr, high_ptr, low_ptr, resets_ptr, start_ptr, length_ptr,
     dq_ptr, dk_ptr, de_ptr, ddecay_ptr,
     G, m, V,
@@ -356,7 +357,9 @@ class _Layout:
 
 
 def _lay_out(starts: list[int], lengths: list[int], device: torch.device) -> _Layout:
-    first, start, length = [0], [], []
+    first: list[int] = [0]
+    start: list[int] = []
+    length: list[int] = []
     for a, n in zip(starts, lengths, strict=True):
         start += range(a, a + n, CHUNK)
         length += [min(CHUNK, n - i) for i in range(0, n, CHUNK)]
