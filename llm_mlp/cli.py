@@ -162,6 +162,7 @@ def generate(
     from llm_mlp.infer import generate as run
     from llm_mlp.train.loop import pick_device
 
+    logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # nothing but the text, unless something is wrong
     choice = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     lm, tokenizer = load_model(model, device=pick_device(device))
     text = sys.stdin.read() if prompt == "-" else prompt

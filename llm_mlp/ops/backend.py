@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 
@@ -18,24 +20,42 @@ _logged: set[tuple[str, str, str]] = set()
 _debug = False
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """The implementation that runs: ``"reference"`` or ``"chunked"``.
+def choose(op: str, backend: str, device: torch.device, not_served: str | None = None) -> str:
+    """The implementation that runs: ``"reference"``, ``"chunked"`` or ``"triton"``.
+
+    Args:
+        not_served: what the kernels do not serve of this call's shapes and dtypes; None if they serve it.
 
     Raises:
-        ValueError: an unknown name, or ``triton``, which this version does not have.
+        ValueError: an unknown name, or ``triton`` where it cannot run.
     """
     if backend == "auto":
         key = (op, "chunked", device.type)
         if key not in _logged and not torch.compiler.is_compiling():
             _logged.add(key)
-            why = "no kernels for CUDA in this version" if device.type == "cuda" else f"the fast path on {device.type}"
+            why = f"the fast path on {device.type}"
+            if device.type == "cuda":
+                why = "the kernels, backend='triton', are not yet measured on a device and so not chosen"
             log.info("%s: backend chunked (%s)", op, why)
         return "chunked"
     if backend in ("reference", "chunked"):
         return backend
     if backend == "triton":
-        raise ValueError(f"{op}: backend 'triton' is not in this version; use 'auto' or 'chunked'")
+        if reason := _no_triton(device) or (f"it does not serve {not_served}" if not_served else None):
+            raise ValueError(f"{op}: backend 'triton' cannot run: {reason}; use 'auto' or 'chunked'")
+        return "triton"
     raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"the tensors are on {device.type}, not on a CUDA device (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
+        )
+    return None
 
 
 def debugging() -> bool:

@@ -69,10 +69,14 @@ def memorise(
     check_values("memorise", q=q, k=k, w=w, sink=sink, score=score)
     before = _carried(units, k, w, bounds, block, slots)
     score = score.detach().to(before.scores.dtype)
-    kind = choose("memorise", backend, q.device)
+    kind = choose("memorise", backend, q.device, _not_served(R, m, V, q.dtype) if backend == "triton" else None)
     with torch.autocast(q.device.type, enabled=False):
         if kind == "reference":
             return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
+        if kind == "triton":
+            from llm_mlp.ops.memorise import kernels  # triton is optional
+
+            return kernels.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, empty=units is None)
         return chunked.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, empty=units is None)
 
 
@@ -133,6 +137,17 @@ def memorise_step(
         check_values("memorise_step", **{"units.keys": units.keys, "units.values": units.values})
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return step.memorise_step(q, k, w, score, sink, units, state_indices, block, slots, activation)
+
+
+def _not_served(R: int, m: int, V: int, dtype: torch.dtype) -> str | None:
+    """What the Triton kernels do not serve of these sizes; None if they serve them."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {dtype} (bfloat16, float16 and float32 are)"
+    if R & (R - 1) or not 16 <= R <= 256:
+        return f"R = {R} (powers of two from 16 to 256 are)"
+    if not 1 <= m * V <= 256:
+        return f"m = {m} heads of V = {V} (m * V up to 256 is)"
+    return None
 
 
 def _check(op, k, w, score, units, block, slots, cu_seqlens):

@@ -7,6 +7,7 @@ once: queries [block] against keys [slots + block], taken from one pool of rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,15 +29,18 @@ class Pool(NamedTuple):
     carried: Tensor | None  # [N*slots, G, X]; None: no slot is carried
     base: int  # N*slots, the first place of the first block
     block: int
+    gather: Callable[[Tensor, Tensor, Tensor], Tensor] = take_rows
 
     def take(self, place: Tensor, used: Tensor) -> Tensor:
         """The rows at ``place [..., G, S]`` -> ``[..., G, S, X]``, zero where not ``used``."""
         piece = (place - self.base).clamp(min=0)
-        taken = take_rows(self.rows, self.start[piece // self.block] + piece % self.block, used)
+        # A place that is not used may lie behind the last row.
+        row = (self.start[piece // self.block] + piece % self.block).clamp(max=self.rows.shape[0] - 1)
+        taken = self.gather(self.rows, row, used)
         if self.carried is None:
             return taken
         kept = used & (place < self.base)
-        return torch.where(kept[..., None], take_rows(self.carried, place.clamp(max=self.base - 1), kept), taken)
+        return torch.where(kept[..., None], self.gather(self.carried, place.clamp(max=self.base - 1), kept), taken)
 
 
 class Chosen(NamedTuple):
@@ -149,7 +153,7 @@ def _differences(bounds: list[int], device: torch.device) -> Tensor:
     return torch.tensor(bounds, device=device).diff()
 
 
-def _unread(units: Units, T: int, bounds: list[int] | None) -> Units:
+def only_length(units: Units, T: int, bounds: list[int] | None) -> Units:
     """Only the length moves on (no block, or no tokens)."""
     return units._replace(length=units.length + (T if bounds is None else _differences(bounds, units.length.device)))
 
@@ -178,7 +182,7 @@ def units_select(
 ) -> Units:
     """As `llm_mlp.ops.units_select` on checked inputs."""
     if block == 0 or k.numel() == 0:
-        return _unread(units, k.shape[1], bounds)
+        return only_length(units, k.shape[1], bounds)
     fresh = is_fresh(units, block)
     chosen = choose(score, units, block, slots, bounds, fresh)
     pools = _pools(k, w, units, chosen.layout, block, slots, fresh, False)
@@ -200,7 +204,7 @@ def memorise(
 ) -> tuple[Tensor, Units]:
     """As `llm_mlp.ops.memorise` on checked inputs; ``empty``: ``units`` are those of `units_init`."""
     if block == 0 or q.numel() == 0:
-        return torch.zeros_like(w), _unread(units, q.shape[1], bounds)
+        return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
     fresh = empty or is_fresh(units, block)
     chosen = choose(score, units, block, slots, bounds, fresh)
     keys, values = _pools(k, w, units, chosen.layout, block, slots, fresh, empty)

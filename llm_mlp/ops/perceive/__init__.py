@@ -11,6 +11,8 @@ With F = R, m = 1, e = beta k and w = beta v this is Gated DeltaNet (arXiv 2412.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,13 @@ def perceive(
         expect("perceive", "state", state, (N, G, F, m, V))
         state = state.to(dtype)
     check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
-    run = reference.perceive if choose("perceive", backend, q.device) == "reference" else chunked.perceive
+    not_served = _not_served(F, m, V, q.dtype) if backend == "triton" else None
+    kind = choose("perceive", backend, q.device, not_served)
+    run: Callable = reference.perceive if kind == "reference" else chunked.perceive
+    if kind == "triton":
+        from llm_mlp.ops.perceive import kernels  # triton is optional
+
+        run = kernels.perceive
     # Under autocast the products below would be cast behind our back; the ops choose their own precision.
     with torch.autocast(q.device.type, enabled=False):
         y, state, residual = run(q, k, e, w, log_decay.to(dtype), state, bounds)
@@ -142,6 +150,17 @@ def check_indices(op: str, indices: Tensor | None, batch: int, pool: int) -> Non
             raise ValueError(f"{op}: state_indices {used} outside 0 .. {pool - 1}")
         if len(set(used)) != len(used):
             raise ValueError(f"{op}: state_indices {used} are not distinct")
+
+
+def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
+    """What the Triton kernels do not serve of these sizes; None if they serve them."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {dtype} (bfloat16, float16 and float32 are)"
+    if F & (F - 1) or not 16 <= F <= 1024:
+        return f"F = {F} (powers of two from 16 to 1,024 are)"
+    if not 1 <= m * V <= 256:
+        return f"m = {m} heads of V = {V} (m * V up to 256 is)"
+    return None
 
 
 def _shape(op: str, q: Tensor, ndim: int) -> torch.Size:

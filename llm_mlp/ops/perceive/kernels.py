@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llm_mlp.ops.tiles import narrow, product, product_onto
+
 CHUNK = 64
 RESET = -40.0  # decays below this count as resets (as in chunked: the square of float32's eps)
 
@@ -57,7 +59,7 @@ def _prepare(
     for a in range(0, F, BF):
         e = tl.load(e_ptr + rows + a + f[None, :], mask=real, other=0.0)
         k = tl.load(k_ptr + rows + a + f[None, :], mask=real, other=0.0)
-        L = tl.dot(e, tl.trans(k), acc=L, input_precision=PRECISION)
+        L = product_onto(L, e, tl.trans(k), PRECISION)
     L = tl.where(i[:, None] > i[None, :], L, 0.0)
     # Forward substitution, a row at a time: row i of the inverse is e_i - sum_j L_ij row_j.
     X = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
@@ -116,15 +118,15 @@ def _scan(
         tokens = (start + i)[:, None] * (G * width) + g * width + columns[None, :]
         written = real & own[None, :]
         w = tl.load(w_ptr + tokens, mask=written, other=0.0).to(tl.float32)
-        Sr = S.to(k.dtype)
+        Sr = narrow(S, k.dtype)
         tl.store(before_ptr + (chunk * G + g) * F * width + cell, Sr, mask=own[None, :])
-        seen = tl.dot(e, Sr, input_precision=PRECISION)
+        seen = product(e, Sr, PRECISION)
         R = w - carry[:, None] * seen
-        u = tl.dot(M * gamma, R, input_precision=PRECISION)
+        u = product(M * gamma, R, PRECISION)
         tl.store(r_ptr + tokens, R, mask=written)
         tl.store(u_ptr + tokens, u, mask=written)
         tl.store(residual_ptr + (start + i) * (G * m) + gh, tl.sum(u * u, 1), mask=i < length)
-        S = total * S + tl.dot(tl.trans(k), (tail[:, None] * u).to(k.dtype), input_precision=PRECISION)
+        S = total * S + product(tl.trans(k), narrow(tail[:, None] * u, k.dtype), PRECISION)
     tl.store(after_ptr + (n * G + g) * F * width + cell, S, mask=own[None, :])
 
 
@@ -146,7 +148,7 @@ def _read(
     for a in range(0, F, BF):
         q = tl.load(q_ptr + rows + a + f[None, :], mask=real, other=0.0)
         k = tl.load(k_ptr + rows + a + f[None, :], mask=real, other=0.0)
-        A = tl.dot(q, tl.trans(k), acc=A, input_precision=PRECISION)
+        A = product_onto(A, q, tl.trans(k), PRECISION)
     for h in range(m):
         columns = h * V + v
         at = ((chunk * G + g) * m + h) * C + i
@@ -162,10 +164,10 @@ def _read(
                 mask=own[None, :],
                 other=0.0,
             )
-            far = tl.dot(q, S, acc=far, input_precision=PRECISION)
+            far = product_onto(far, q, S, PRECISION)
         carry = tl.where(r == 0, tl.exp(high), 0.0)
-        y = tl.dot(A * gamma, u, acc=carry[:, None] * far, input_precision=PRECISION)
-        tl.store(y_ptr + tokens, y.to(y_ptr.dtype.element_ty), mask=real & own[None, :])
+        y = product_onto(carry[:, None] * far, A * gamma, u, PRECISION)
+        tl.store(y_ptr + tokens, narrow(y, y_ptr.dtype.element_ty), mask=real & own[None, :])
 
 
 @triton.jit
@@ -205,22 +207,22 @@ def _scan_back(
         tail = tl.where(r == end_r, tl.exp(tl.where(r == end_r, (end_high - high) + (end_low - low), 0.0)), 0.0)
         total = tl.where(end_r == 0, tl.exp(end_high), 0.0)
         M_t = tl.load(inverse_ptr + (chunk * G + g) * C * C + i[None, :] * C + i[:, None])
-        A_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        A_t = product(k, tl.trans(q), PRECISION)
         tokens = (start + i)[:, None] * (G * width) + g * width + columns[None, :]
         written = real & own[None, :]
         dy = tl.load(dy_ptr + tokens, mask=written, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + tokens, mask=written, other=0.0)
         dres = tl.load(dresidual_ptr + (start + i) * (G * m) + gh, mask=i < length, other=0.0)
-        dSr = dS.to(k.dtype)
+        dSr = narrow(dS, k.dtype)
         tl.store(dafters_ptr + (chunk * G + g) * F * width + cell, dSr, mask=own[None, :])
-        du = 2.0 * dres[:, None] * u + tail[:, None] * tl.dot(k, dSr, input_precision=PRECISION)
-        du = tl.dot(A_t * gamma_t, dy, acc=du, input_precision=PRECISION)
-        dr = tl.dot(M_t * gamma_t, du, input_precision=PRECISION)
+        du = 2.0 * dres[:, None] * u + tail[:, None] * product(k, dSr, PRECISION)
+        du = product_onto(du, A_t * gamma_t, dy, PRECISION)
+        dr = product(M_t * gamma_t, du, PRECISION)
         tl.store(du_ptr + tokens, du, mask=written)
         tl.store(dr_ptr + tokens, dr, mask=written)
         dS = total * dS
-        dS = tl.dot(tl.trans(q), (carry[:, None] * dy).to(k.dtype), acc=dS, input_precision=PRECISION)
-        dS = tl.dot(tl.trans(e), (-carry[:, None] * dr).to(k.dtype), acc=dS, input_precision=PRECISION)
+        dS = product_onto(dS, tl.trans(q), narrow(carry[:, None] * dy, k.dtype), PRECISION)
+        dS = product_onto(dS, tl.trans(e), narrow(-carry[:, None] * dr, k.dtype), PRECISION)
     tl.store(dbefore_ptr + (n * G + g) * F * width + cell, dS, mask=own[None, :])
 
 
@@ -247,7 +249,7 @@ def _gradients(
     for a in range(0, F, BF):
         q = tl.load(q_ptr + rows + a + f[None, :], mask=real, other=0.0)
         k = tl.load(k_ptr + rows + a + f[None, :], mask=real, other=0.0)
-        A = tl.dot(q, tl.trans(k), acc=A, input_precision=PRECISION)
+        A = product_onto(A, q, tl.trans(k), PRECISION)
     dM, dM_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     dA, dA_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for h in range(m):
@@ -281,14 +283,14 @@ def _gradients(
             k = tl.load(k_ptr + rows + a + f[None, :], mask=real, other=0.0)
             S = tl.load(before_ptr + cell, mask=own[None, :], other=0.0)
             dS = tl.load(dafters_ptr + cell, mask=own[None, :], other=0.0)
-            far = tl.dot(q, S, acc=far, input_precision=PRECISION)
-            pushed = tl.dot(k, dS, acc=pushed, input_precision=PRECISION)
+            far = product_onto(far, q, S, PRECISION)
+            pushed = product_onto(pushed, k, dS, PRECISION)
             kept += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0), 0)
-        dM += gamma * tl.dot(du, tl.trans(R), input_precision=PRECISION)
-        dM_t += gamma_t * tl.dot(R, tl.trans(du), input_precision=PRECISION)
-        here = gamma * tl.dot(dy, tl.trans(u), input_precision=PRECISION)
+        dM += gamma * product(du, tl.trans(R), PRECISION)
+        dM_t += gamma_t * product(R, tl.trans(du), PRECISION)
+        here = gamma * product(dy, tl.trans(u), PRECISION)
         dA += here
-        dA_t += gamma_t * tl.dot(u, tl.trans(dy), input_precision=PRECISION)
+        dA_t += gamma_t * product(u, tl.trans(dy), PRECISION)
         # dg_i = dO_i . O_i - dW_i . W_i + 2 rho_i drho_i, and <dS', S'> at the end of the chunk.
         dg = tl.sum(here * A, 1) + carry * tl.sum(dy * far, 1) - tl.sum(dr * w, 1) + 2.0 * res * dres
         ended = tl.sum(tail * tl.sum(u * pushed, 1), 0) + total * kept
@@ -300,9 +302,9 @@ def _gradients(
     base = (chunk * G + g) * C * C
     M = tl.load(inverse_ptr + base + square)
     M_t = tl.load(inverse_ptr + base + i[None, :] * C + i[:, None])
-    dX = tl.dot(tl.dot(M_t, dM, input_precision=PRECISION), M_t, input_precision=PRECISION)
+    dX = product(product(M_t, dM, PRECISION), M_t, PRECISION)
     dX = tl.where(i[:, None] > i[None, :], -dX, 0.0)
-    dX_t = tl.dot(tl.dot(M, dM_t, input_precision=PRECISION), M, input_precision=PRECISION)
+    dX_t = product(product(M, dM_t, PRECISION), M, PRECISION)
     dX_t = tl.where(i[:, None] < i[None, :], -dX_t, 0.0)
     dA = tl.where(causal, dA, 0.0)
     dA_t = tl.where(later, dA_t, 0.0)
@@ -310,10 +312,10 @@ def _gradients(
         e = tl.load(e_ptr + rows + a + f[None, :], mask=real, other=0.0)
         q = tl.load(q_ptr + rows + a + f[None, :], mask=real, other=0.0)
         k = tl.load(k_ptr + rows + a + f[None, :], mask=real, other=0.0)
-        dq = tl.dot(dA.to(k.dtype), k, input_precision=PRECISION)
-        de = tl.dot(dX.to(k.dtype), k, input_precision=PRECISION)
-        dk = tl.dot(dX_t.to(k.dtype), e, input_precision=PRECISION)
-        dk = tl.dot(dA_t.to(k.dtype), q, acc=dk, input_precision=PRECISION)
+        dq = product(narrow(dA, k.dtype), k, PRECISION)
+        de = product(narrow(dX, k.dtype), k, PRECISION)
+        dk = product(narrow(dX_t, k.dtype), e, PRECISION)
+        dk = product_onto(dk, narrow(dA_t, k.dtype), q, PRECISION)
         for h in range(m):
             columns = h * V + v
             tokens = (start + i)[:, None] * (G * width) + g * width + columns[None, :]
@@ -332,12 +334,12 @@ def _gradients(
             dy = tl.load(dy_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
             u = tl.load(u_ptr + tokens, mask=inside, other=0.0)
             dr = tl.load(dr_ptr + tokens, mask=inside, other=0.0)
-            dq = tl.dot((carry[:, None] * dy).to(k.dtype), S_t, acc=dq, input_precision=PRECISION)
-            de = tl.dot((-carry[:, None] * dr).to(k.dtype), S_t, acc=de, input_precision=PRECISION)
-            dk = tl.dot((tail[:, None] * u).to(k.dtype), dS_t, acc=dk, input_precision=PRECISION)
-        tl.store(dq_ptr + rows + a + f[None, :], dq.to(dq_ptr.dtype.element_ty), mask=real)
-        tl.store(de_ptr + rows + a + f[None, :], de.to(de_ptr.dtype.element_ty), mask=real)
-        tl.store(dk_ptr + rows + a + f[None, :], dk.to(dk_ptr.dtype.element_ty), mask=real)
+            dq = product_onto(dq, narrow(carry[:, None] * dy, k.dtype), S_t, PRECISION)
+            de = product_onto(de, narrow(-carry[:, None] * dr, k.dtype), S_t, PRECISION)
+            dk = product_onto(dk, narrow(tail[:, None] * u, k.dtype), dS_t, PRECISION)
+        tl.store(dq_ptr + rows + a + f[None, :], narrow(dq, dq_ptr.dtype.element_ty), mask=real)
+        tl.store(de_ptr + rows + a + f[None, :], narrow(de, de_ptr.dtype.element_ty), mask=real)
+        tl.store(dk_ptr + rows + a + f[None, :], narrow(dk, dk_ptr.dtype.element_ty), mask=real)
 
 
 # -- host ----------------------------------------------------------------------------------------------------------
@@ -370,17 +372,6 @@ def _lay_out(starts: list[int], lengths: list[int], device: torch.device) -> _La
 @lru_cache(maxsize=64)
 def _dense(B: int, T: int, device: torch.device) -> _Layout:
     return _lay_out([b * T for b in range(B)], [T] * B, device)
-
-
-def unsupported(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not serve a shape or dtype; None if they do."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"dtype {dtype} (bfloat16, float16 and float32 are)"
-    if F & (F - 1) or not 16 <= F <= 1024:
-        return f"F = {F} (powers of two from 16 to 1,024 are)"
-    if not 1 <= V <= 256 or not 1 <= m * V <= 256:
-        return f"m = {m} heads of V = {V} (m * V up to 256 is)"
-    return None
 
 
 class _Kernels(torch.autograd.Function):

@@ -1,0 +1,354 @@
+"""The read of `memorise` as Triton kernels: forward and backward, a tile of scores at a time on chip.
+
+Which rows are read is chosen as in `llm_mlp.ops.memorise.chunked` (sorts of scores, no host synchronisation). Queries
+lie where their tokens lie; the slots of each block are gathered into a buffer of their own.
+
+- ``_read``       (block, group, tile of queries): y, and the normaliser of each query
+- ``_read_back``  (block, group, tile of queries): dq, the sink's gradient, and dy . y for the next
+- ``_rows_back``  (block, group, tile of rows): dk and dw of the slots and of the block's own rows
+
+A token's row collects the gradients of the blocks in which it held a slot through a sorted accumulation: no atomics,
+two runs give equal bits. Products whose transpose is needed are computed transposed (see perceive/kernels.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_mlp.ops.layout import Pieces
+from llm_mlp.ops.memorise.chunked import Pool, choose, is_fresh, lead_rows, only_length
+from llm_mlp.ops.memorise.units import Units
+from llm_mlp.ops.tiles import narrow, product, product_onto
+
+QUERIES = 64  # a tile
+ROWS = 64
+
+
+@triton.jit
+def _read(
+    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, sink_ptr, start_ptr, length_ptr,
+    y_ptr, norm_ptr, G, slots, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
+    if tile * BQ < length:
+        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
+        r, c = tl.arange(0, R), tl.arange(0, BW)
+        real, inside = i < length, c < width
+        tokens = (start + i) * G + g
+        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
+        sink = tl.load(sink_ptr + g).to(tl.float32)
+        top = tl.zeros((BQ,), tl.float32) + sink
+        total = tl.zeros((BQ,), tl.float32) + (1.0 if SOFTMAX else tl.exp(sink))
+        y = tl.zeros((BQ, BW), tl.float32)
+        own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
+        slot_tiles = (slots + BK - 1) // BK
+        for t in range(0, slot_tiles + own_tiles):
+            if t < slot_tiles:
+                row = t * BK + j
+                held = row < slots
+                at = (block * G + g) * slots + row
+                held = held & (tl.load(used_ptr + at, mask=held, other=0) != 0)
+                k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                w = tl.load(
+                    slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0
+                )
+                seen = held[None, :] & real[:, None]
+            else:
+                row = (t - slot_tiles) * BK + j
+                held = row < length
+                at = (start + row) * G + g
+                k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+                seen = (row[None, :] <= i[:, None]) & real[:, None]
+            z = product(q, tl.trans(k), PRECISION) * scale
+            if SOFTMAX:
+                higher = tl.maximum(top, tl.max(tl.where(seen, z, -float("inf")), 1))
+                p = tl.where(seen, tl.exp(z - higher[:, None]), 0.0)
+                shrink = tl.exp(top - higher)
+                total = total * shrink + tl.sum(p, 1)
+                y = y * shrink[:, None]
+                top = higher
+            else:
+                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+                p = z * z
+                total += tl.sum(p, 1)
+            if WIDE:  # float16 cannot hold z^2
+                y = product_onto(y, p, w.to(tl.float32), PRECISION)
+            else:
+                y = product_onto(y, narrow(p, w.dtype), w, PRECISION)
+        y = y / total[:, None]
+        tl.store(
+            y_ptr + tokens[:, None] * width + c[None, :],
+            narrow(y, y_ptr.dtype.element_ty),
+            mask=real[:, None] & inside[None, :],
+        )
+        tl.store(norm_ptr + tokens, top + tl.log(total) if SOFTMAX else total, mask=real)
+
+
+@triton.jit
+def _read_back(
+    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, sink_ptr, start_ptr, length_ptr,
+    y_ptr, norm_ptr, dy_ptr, dq_ptr, dot_ptr, dsink_ptr, G, slots, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
+    partial = (block * G + g) * tl.num_programs(2) + tile
+    if tile * BQ >= length:
+        tl.store(dsink_ptr + partial, 0.0)
+    else:
+        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
+        r, c = tl.arange(0, R), tl.arange(0, BW)
+        real, inside = i < length, c < width
+        tokens = (start + i) * G + g
+        whole = real[:, None] & inside[None, :]
+        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
+        y = tl.load(y_ptr + tokens[:, None] * width + c[None, :], mask=whole, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + tokens[:, None] * width + c[None, :], mask=whole, other=0.0)
+        norm = tl.load(norm_ptr + tokens, mask=real, other=1.0)
+        sink = tl.load(sink_ptr + g).to(tl.float32)
+        both = tl.sum(dy.to(tl.float32) * y, 1)  # dy . y, y as rounded
+        exact = tl.zeros((BQ,), tl.float32)  # the same before rounding
+        dq = tl.zeros((BQ, R), tl.float32)
+        own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
+        slot_tiles = (slots + BK - 1) // BK
+        for t in range(0, slot_tiles + own_tiles):
+            if t < slot_tiles:
+                row = t * BK + j
+                held = row < slots
+                at = (block * G + g) * slots + row
+                held = held & (tl.load(used_ptr + at, mask=held, other=0) != 0)
+                k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                w = tl.load(
+                    slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0
+                )
+                seen = held[None, :] & real[:, None]
+            else:
+                row = (t - slot_tiles) * BK + j
+                held = row < length
+                at = (start + row) * G + g
+                k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+                seen = (row[None, :] <= i[:, None]) & real[:, None]
+            z = product(q, tl.trans(k), PRECISION) * scale
+            worth = product(dy, tl.trans(w), PRECISION)
+            if SOFTMAX:
+                p = tl.where(seen, tl.exp(tl.where(seen, z - norm[:, None], 0.0)), 0.0)
+                dz = p * (worth - both[:, None])
+            else:
+                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+                p = z * z / norm[:, None]
+                dz = 2.0 * z * (worth - both[:, None]) / norm[:, None]
+            exact += tl.sum(p * worth, 1)
+            dq = product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
+        tl.store(dot_ptr + tokens, exact, mask=real)
+        silent = tl.exp(sink - norm) if SOFTMAX else tl.exp(sink) / norm  # the sink's share
+        tl.store(dsink_ptr + partial, -tl.sum(tl.where(real, exact * silent, 0.0), 0))
+        tl.store(
+            dq_ptr + tokens[:, None] * R + r[None, :], narrow(dq * scale, dq_ptr.dtype.element_ty), mask=real[:, None]
+        )
+
+
+@triton.jit
+def _rows_back(
+    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, start_ptr, length_ptr,
+    norm_ptr, dy_ptr, dot_ptr, dk_ptr, dw_ptr, slot_dk_ptr, slot_dw_ptr, G, slots, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
+    slot_tiles = (slots + BK - 1) // BK
+    j, r, c = tl.arange(0, BK), tl.arange(0, R), tl.arange(0, BW)
+    inside = c < width
+    is_slot = tile < slot_tiles
+    row = (tile if is_slot else tile - slot_tiles) * BK + j
+    if is_slot:
+        there = row < slots
+        at = (block * G + g) * slots + row
+        held = there & (tl.load(used_ptr + at, mask=there, other=0) != 0)
+        k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+        w = tl.load(slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+        first = 0
+    else:
+        there = row < length
+        held = there
+        at = (start + row) * G + g
+        k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+        w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+        first = (tile - slot_tiles) * BK // BQ
+    dk, dw = tl.zeros((BK, R), tl.float32), tl.zeros((BK, BW), tl.float32)
+    for t in range(first, (length + BQ - 1) // BQ):
+        i = t * BQ + tl.arange(0, BQ)
+        real = i < length
+        tokens = (start + i) * G + g
+        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
+        dy = tl.load(dy_ptr + tokens[:, None] * width + c[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        norm = tl.load(norm_ptr + tokens, mask=real, other=1.0)
+        both = tl.load(dot_ptr + tokens, mask=real, other=0.0)
+        seen = held[:, None] & real[None, :] & (is_slot | (row[:, None] <= i[None, :]))
+        z = product(k, tl.trans(q), PRECISION) * scale
+        change = product(w, tl.trans(dy), PRECISION) - both[None, :]
+        if SOFTMAX:
+            p = tl.where(seen, tl.exp(tl.where(seen, z - norm[None, :], 0.0)), 0.0)
+            dz = p * change
+        else:
+            z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+            p = z * z / norm[None, :]
+            dz = 2.0 * z * change / norm[None, :]
+        dk = product_onto(dk, narrow(dz, q.dtype), q, PRECISION)
+        dw = product_onto(dw, narrow(p, dy.dtype), dy, PRECISION)
+    dk = dk * scale
+    if is_slot:
+        tl.store(slot_dk_ptr + at[:, None] * R + r[None, :], dk, mask=there[:, None])
+        tl.store(slot_dw_ptr + at[:, None] * width + c[None, :], dw, mask=there[:, None] & inside[None, :])
+    else:
+        tl.store(dk_ptr + at[:, None] * R + r[None, :], narrow(dk, dk_ptr.dtype.element_ty), mask=there[:, None])
+        tl.store(
+            dw_ptr + at[:, None] * width + c[None, :],
+            narrow(dw, dw_ptr.dtype.element_ty),
+            mask=there[:, None] & inside[None, :],
+        )
+
+
+# -- host ----------------------------------------------------------------------------------------------------------
+
+
+class _Kernels(torch.autograd.Function):
+    """q, k ``[P, G, R]`` and w ``[P, G, m V]`` by row; the slots' keys and values ``[b, G, slots, ...]``, whether they
+    are used, sink ``[G]``, and each block's first row and number of rows: y by row."""
+
+    @staticmethod
+    def forward(ctx, q, k, w, slot_k, slot_w, used, sink, start, length, block, softmax):
+        (P, G, R), width = q.shape, w.shape[-1]
+        slots = slot_k.shape[2]
+        BW = max(16, triton.next_power_of_2(width))
+        precision = "ieee" if q.dtype == torch.float32 else "tf32"
+        sizes = {"R": R, "BW": BW, "BQ": QUERIES, "BK": ROWS, "SOFTMAX": softmax, "PRECISION": precision}
+        y = torch.empty_like(w)
+        norm = torch.empty((P, G), dtype=torch.float32, device=q.device)
+        _read[(len(start), G, triton.cdiv(block, QUERIES))](
+            q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, G, slots, width, R**-0.5,
+            WIDE=q.dtype == torch.float16 and not softmax, **sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, w, slot_k, slot_w, used, sink, start, length, y, norm)
+        ctx.sizes, ctx.block = sizes, block
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm = ctx.saved_tensors
+        (_, G, R), width, slots, sizes = q.shape, w.shape[-1], slot_k.shape[2], ctx.sizes
+        dy = dy.contiguous()
+        tiles = triton.cdiv(ctx.block, QUERIES)
+        dq, dk, dw, dot = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(norm)
+        dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
+        _read_back[(len(start), G, tiles)](
+            q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, dq, dot, dsink,
+            G, slots, width, R**-0.5, **sizes,
+        )  # fmt: skip
+        slot_dk = torch.empty(slot_k.shape, dtype=torch.float32, device=q.device)
+        slot_dw = torch.empty(slot_w.shape, dtype=torch.float32, device=q.device)
+        _rows_back[(len(start), G, triton.cdiv(slots, ROWS) + triton.cdiv(ctx.block, ROWS))](
+            q, k, w, slot_k, slot_w, used, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
+            G, slots, width, R**-0.5, **sizes,
+        )  # fmt: skip
+        dsink = dsink.sum((0, 2)).to(sink.dtype)
+        return dq, dk, dw, slot_dk, slot_dw, None, dsink, None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows ``[P, G, X]`` at ``row [b, G, S]`` -> ``[b, G, S, X]``, zero where not ``used``.
+
+    Backward: a row's gradients are summed in the order of the blocks (a stable sort), in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, row, used):
+        ctx.save_for_backward(row, used)
+        ctx.shape, ctx.dtype = rows.shape, rows.dtype
+        group = torch.arange(rows.shape[1], device=rows.device)[:, None]
+        return torch.where(used[..., None], rows[row, group], 0)
+
+    @staticmethod
+    def backward(ctx, d):
+        row, used = ctx.saved_tensors
+        P, G, _ = ctx.shape
+        out = torch.zeros(ctx.shape, dtype=torch.float32, device=d.device)
+        group = torch.arange(G, device=d.device)[:, None].expand_as(row)
+        # index_put_ with accumulate sorts by place: deterministic, in order of position.
+        out.index_put_((row, group), torch.where(used[..., None], d, 0).float(), accumulate=True)
+        return out.to(ctx.dtype), None, None
+
+
+def _blocks(layout: Pieces, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First token and tokens of each block, where no rows are carried in (int64 and int32)."""
+    if layout.gather is not None and layout.real is not None:
+        return layout.gather[:, 0].contiguous(), layout.real.sum(-1, dtype=torch.int32)
+    turn = torch.arange(len(layout.rounds), device=device)[:, None] * block
+    start = turn + torch.arange(layout.batch, device=device) * layout.tokens
+    length = (layout.tokens - turn).clamp(max=block).expand_as(start)
+    return start.flatten(), length.flatten().to(torch.int32).contiguous()
+
+
+def memorise(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    sink: Tensor,
+    units: Units,
+    block: int,
+    slots: int,
+    activation: str,
+    bounds: list[int] | None,
+    empty: bool = False,
+) -> tuple[Tensor, Units]:
+    """As `llm_mlp.ops.memorise` on checked inputs; ``empty``: ``units`` are those of `units_init`."""
+    if block == 0 or q.numel() == 0:
+        return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
+    fresh = empty or is_fresh(units, block)
+    chosen = choose(score, units, block, slots, bounds, fresh)
+    layout, heads = chosen.layout, w.shape[-2:]
+    if fresh:
+        start, length = _blocks(layout, block, q.device)
+    else:  # open blocks are carried in: lay them out with the tokens that follow
+        start = torch.arange(layout.count, device=q.device) * block
+        length = torch.full_like(start, block, dtype=torch.int32)
+
+    def rows(x: Tensor, carried: Tensor | None) -> Tensor:
+        if fresh:
+            return x.flatten(0, 1).contiguous()
+        lead = None if carried is None else lead_rows(carried, slots, fresh)
+        return layout.split(x, lead).flatten(0, 1).contiguous()
+
+    def pool(x: Tensor, carried: Tensor) -> Pool:
+        held = None if empty or not slots else carried[:, :, :slots].transpose(1, 2).flatten(0, 1)
+        return Pool(rows(x, carried), start, held, carried.shape[0] * slots, block, _Gather.apply)
+
+    keys, values = pool(k, units.keys), pool(w.flatten(3), units.values.flatten(3))
+    y = _Kernels.apply(
+        rows(q, None),
+        keys.rows,
+        values.rows,
+        keys.take(chosen.seen, chosen.used).contiguous(),
+        values.take(chosen.seen, chosen.used).contiguous(),
+        chosen.used.to(torch.int8),
+        sink,
+        start,
+        length,
+        block,
+        activation == "softmax",
+    )
+    if fresh:
+        y = y.unflatten(0, q.shape[:2])
+    else:
+        y = layout.join(y.unflatten(0, (layout.count, block)))
+    return y.unflatten(-1, heads), chosen.units(keys, values, heads)

@@ -1,0 +1,244 @@
+"""The Triton kernels: on a CUDA device where there is one, else on the CPU in Triton's interpreter.
+
+The rule (docs/extending.md): truth is the float64 reference on the rounded inputs; a tensor's root mean square and
+largest error are at most twice those of `chunked` in the same dtype, or 2 eps of its dtype times the truth's root mean
+square where that is larger. Errors are pooled over several seeds, outputs are poisoned with NaN first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from op_cases import memorise_inputs, perceive_inputs, perceive_state, with_gradients
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton", reason="the kernels are optional")
+
+from llm_mlp.ops import memorise, perceive  # noqa: E402
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+class Earned:
+    """Errors of the kernels and of the yardstick, pooled over seeds."""
+
+    def __init__(self, names: str) -> None:
+        self.names = names.split()
+        self.sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0] for name in self.names}
+        self.eps: dict[str, float] = {}
+
+    def add(self, run: Callable[[str], Run], inputs: Sequence[Tensor]) -> None:
+        """``run(backend)`` takes the inputs; outputs and gradients are compared."""
+        truth = with_gradients(run("reference"), [x.double() for x in inputs])
+        on_device = [x.to(DEVICE) for x in inputs]
+        yard, got = (with_gradients(run(backend), on_device) for backend in ("chunked", "triton"))
+        tensors = zip([*got[0], *got[1]], [*yard[0], *yard[1]], [*truth[0], *truth[1]], strict=True)
+        for name, (g, y, t) in zip(self.names, tensors, strict=True):
+            assert g.shape == t.shape and g.dtype == y.dtype, name
+            assert g.isfinite().all(), f"{name}: not finite"
+            self.eps[name] = torch.finfo(g.dtype).eps
+            mine, other = (x.double().cpu() - t for x in (g, y))
+            s = self.sums[name]
+            for i, x in enumerate((mine, other, t)):
+                s[i] += float(x.square().sum())
+            s[3] = max(s[3], float(mine.abs().max()) if t.numel() else 0.0)
+            s[4] = max(s[4], float(other.abs().max()) if t.numel() else 0.0)
+            s[5] += t.numel()
+
+    def check(self) -> None:
+        """On a device the rule as it stands. The interpreter multiplies and adds in two roundings where hardware takes
+        one: 2.5 there. A few numbers say little of an error's size: below 1,000 pooled ones 8 (the slow tests pool)."""
+        for name, (mine, other, truth, worst, yard_worst, count) in self.sums.items():
+            factor = 8 if count < 1000 else 2 if DEVICE == "cuda" else 2.5
+            floor = 2 * self.eps[name] * (truth / max(count, 1)) ** 0.5
+            rms, yard = ((x / max(count, 1)) ** 0.5 for x in (mine, other))
+            assert rms <= max(factor * yard, floor), (
+                f"{name}: rms error {rms:.3g}, yardstick {yard:.3g}, floor {floor:.3g}"
+            )
+            assert worst <= max(factor * yard_worst, floor), f"{name}: largest {worst:.3g}, yardstick {yard_worst:.3g}"
+
+
+# -- perceive ------------------------------------------------------------------------------------------------------
+
+# B, T, G, F, m, V, cu_seqlens
+SHAPES = {
+    "plain": (2, 130, 1, 32, 2, 16, None),
+    "one-token": (1, 1, 2, 16, 1, 16, None),
+    "chunk": (1, 64, 2, 16, 3, 16, None),
+    "narrow-values": (1, 70, 2, 16, 3, 4, None),
+    "packed": (1, 150, 2, 16, 2, 16, [0, 0, 3, 70, 70, 150]),
+    "features": (1, 100, 1, 128, 1, 32, None),
+}
+
+
+def run_perceive(cu: list[int] | None) -> Callable[[str], Run]:
+    bounds = None if cu is None else torch.tensor(cu)
+
+    def of(backend: str) -> Run:
+        return lambda *x: perceive(*x, cu_seqlens=bounds, return_residual=True, backend=backend)
+
+    return of
+
+
+def earn_perceive(shape: str, decay: str, dtype: torch.dtype, seeds: int) -> None:
+    B, T, G, F, m, V, cu = SHAPES[shape]
+    N = B if cu is None else len(cu) - 1
+    earned = Earned("y state residual dq dk de dw dlog_decay dstate")
+    for seed in range(seeds):
+        inputs = perceive_inputs(B, T, G, F, m, V, decay=decay, dtype=dtype, seed=seed)
+        inputs[4] = inputs[4].float()
+        earned.add(run_perceive(cu), [*inputs, perceive_state(N, G, F, m, V, seed=seed, dtype=torch.float32)])
+    earned.check()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_perceive(shape, dtype, poisoned):
+    earn_perceive(shape, "mild", dtype, seeds=8 if shape == "one-token" else 2)
+
+
+@pytest.mark.parametrize("decay", ["none", "resets", "twenty", "thousand", "mixed"])
+def test_perceive_decays(decay, poisoned):
+    earn_perceive("plain", decay, torch.float32, seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_perceive_over_seeds(shape, dtype, poisoned):
+    earn_perceive(shape, "mixed", dtype, seeds=32)
+
+
+@pytest.mark.parametrize("keys", ["equal", "alternating", "orthogonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hostile_keys_stay_bounded(keys, dtype):
+    T, F = 512, 16
+    basis = torch.linalg.qr(torch.randn(F, F, generator=torch.Generator().manual_seed(0)))[0]
+    t = torch.arange(T)
+    k = {"equal": basis[t * 0], "alternating": basis[0] + (t % 2)[:, None] * basis[1], "orthogonal": basis[t % F]}[keys]
+    k = torch.nn.functional.normalize(k, dim=-1)[None, :, None].to(dtype).to(DEVICE)
+    w = torch.randn(1, T, 1, 1, 16, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    zero = torch.zeros(1, T, 1, 1, device=DEVICE)
+    y, state = perceive(k, k, 1.98 * k, w, zero, backend="triton")
+    # 0.98^n of each write remains, and a write is below 6: 6 / 0.02 bounds any sum of them.
+    assert y.isfinite().all() and state.norm() < 6 * 50 * 16
+
+
+def test_two_runs_are_bit_equal():
+    inputs = [x.to(DEVICE) for x in perceive_inputs(1, 100, 1, 16, 2, 16, dtype=torch.float32)]
+    first, second = (with_gradients(run_perceive(None)("triton"), [*inputs, None]) for _ in range(2))
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+# -- memorise ------------------------------------------------------------------------------------------------------
+
+# B, T, G, R, m, V, block, slots, cu_seqlens, tokens read before
+MEMORIES = {
+    "plain": (2, 150, 1, 16, 2, 8, 64, 16, None, 0),
+    "short-block": (1, 70, 2, 16, 1, 16, 32, 8, None, 0),
+    "no-slots": (1, 80, 1, 16, 1, 16, 32, 0, None, 0),
+    "packed": (1, 150, 2, 16, 2, 8, 32, 8, [0, 0, 40, 41, 150], 0),
+    "carried": (2, 100, 1, 16, 1, 16, 32, 8, None, 45),
+    "carried-whole-blocks": (2, 50, 1, 16, 1, 16, 32, 8, None, 64),
+    "packed-carried": (1, 100, 1, 16, 1, 16, 32, 8, [0, 33, 100], 45),
+}
+
+
+def earn_memorise(case: str, activation: str, dtype: torch.dtype, seeds: int) -> None:
+    B, T, G, R, m, V, block, slots, cu, before = MEMORIES[case]
+    size = {"block": block, "slots": slots}
+    bounds = None if cu is None else torch.tensor(cu)
+    N = B if cu is None else len(cu) - 1
+    earned = Earned("y keys values dq dk dw dsink" + (" dkeys dvalues" if before else ""))
+
+    def one(seed: int) -> None:
+        q, k, w, score, sink = memorise_inputs(B, T, G, R, m, V, seed=seed, dtype=dtype)
+        score = score.float()
+        units = None
+        if before:
+            first = memorise_inputs(N, before, G, R, m, V, seed=seed + 100, dtype=dtype)
+            units = memorise(*first[:3], first[3].float(), first[4], **size)[1]
+        kept = {}
+
+        def of(backend: str) -> Run:
+            def run(q, k, w, sink, *carried):
+                wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+                own = None
+                if units is not None:
+                    own = units._replace(
+                        keys=carried[0],
+                        values=carried[1],
+                        scores=units.scores.to(wide).to(q.device),
+                        length=units.length.to(q.device),
+                    )
+                y, after = memorise(
+                    q, k, w, score.to(wide).to(q.device), sink, own, activation=activation, cu_seqlens=bounds,
+                    backend=backend, **size,
+                )  # fmt: skip
+                kept[backend] = after.scores.cpu().double(), after.length.cpu()
+                return y, after.keys, after.values
+
+            return run
+
+        earned.add(of, [q, k, w, sink, *([units.keys, units.values] if units is not None else [])])
+        for a, b in zip(kept["triton"], kept["reference"], strict=True):
+            assert torch.equal(a, b)  # given the same scores, exactly the reference's rows
+
+    for seed in range(seeds):
+        one(seed)
+    earned.check()
+
+
+@pytest.mark.parametrize("activation", ["relu2", "softmax"])
+@pytest.mark.parametrize("case", MEMORIES)
+def test_memorise(case, activation, poisoned):
+    earn_memorise(case, activation, torch.float32, seeds=3)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_memorise_in_16_bits(dtype, activation, poisoned):
+    earn_memorise("plain", activation, dtype, seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu2", "softmax"])
+@pytest.mark.parametrize("case", MEMORIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memorise_over_seeds(case, activation, dtype, poisoned):
+    earn_memorise(case, activation, dtype, seeds=32)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"F": 24}, "F = 24"),
+        ({"m": 20, "V": 16}, "m = 20 heads of V = 16"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+    ],
+)
+def test_what_perceive_does_not_serve_is_named(change, says):
+    sizes = {"B": 1, "T": 4, "G": 1, "F": 16, "m": 1, "V": 16, "dtype": torch.float32, **change}
+    with pytest.raises(ValueError, match=f"perceive: backend 'triton' cannot run: it does not serve {says}"):
+        perceive(*perceive_inputs(**sizes), backend="triton")
+
+
+def test_what_memorise_does_not_serve_is_named():
+    with pytest.raises(ValueError, match="memorise: backend 'triton' cannot run: it does not serve R = 8"):
+        memorise(*memorise_inputs(1, 4, 1, 8, 1, 16, dtype=torch.float32), block=8, slots=2, backend="triton")
+
+
+def test_no_device_and_no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"not on a CUDA device \(TRITON_INTERPRET=1 runs kernels on a CPU, slowly\)"):
+        perceive(*perceive_inputs(1, 4, 1, 16, 1, 16, dtype=torch.float32), backend="triton")
