@@ -332,6 +332,63 @@ def bench_decode(
         typer.echo(line)
 
 
+@bench_app.command("op")
+def bench_op(
+    op: Annotated[str, typer.Argument(help="perceive or memorise.")],
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "2048,131072",
+    tokens: Annotated[int, typer.Option(help="Tokens in all (at least one sequence).")] = 131_072,
+    groups: Annotated[int, typer.Option(help="G: groups.")] = 8,
+    features: Annotated[int, typer.Option(help="F (memorise: R).")] = 128,
+    heads: Annotated[int, typer.Option(help="m: heads of a group.")] = 4,
+    value_width: Annotated[int, typer.Option(help="V: values of a head.")] = 32,
+    block: Annotated[int, typer.Option(help="memorise: tokens of a block.")] = 256,
+    slots: Annotated[int, typer.Option(help="memorise: slots.")] = 64,
+    activation: Annotated[str, typer.Option(help="memorise: relu2 or softmax.")] = "relu2",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    implementations: Annotated[
+        str, typer.Option(help="triton, chunked, sdpa-cudnn, sdpa-flash, fla ...; empty: all that can run.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 10,
+    results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """An op beside its peers: milliseconds, and how far from the floor this device sets."""
+    from llm_mlp.bench.ops import bench_ops
+
+    sizes = {"groups": groups, "features": features, "heads": heads, "value_width": value_width}
+    sizes |= {"block": block, "slots": slots}
+    names = [name for name in implementations.split(",") if name]
+    rows = bench_ops(
+        op,
+        _numbers(lengths),
+        tokens,
+        {**sizes, "activation": activation},
+        dtype,
+        names,
+        repeats,
+        results,
+        threads,
+        device,
+    )
+    top = next(rows)
+    typer.echo(
+        f"{top['device']}: copy {top['copy_bytes_per_second'] / 1e12:.3g} TB/s, {dtype} product "
+        f"{top['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    )
+    typer.echo(f"{'':14}{'length':>8} {'':8}{'ms':>10}{'floor ms':>10}{'share':>7}{'GB':>8}{'GFLOP':>9}")
+    for row in rows:
+        way = "fwd+bwd" if row["backward"] else "fwd"
+        line = f"{row['implementation']:14}{row['length']:>8} {way:8}"
+        if row["seconds"] is None:
+            typer.echo(f"{line}  {row['error']}")
+            continue
+        typer.echo(
+            f"{line}{row['seconds'] * 1e3:>10.3f}{row['floor_seconds'] * 1e3:>10.3f}{row['share_of_roofline']:>7.1%}"
+            f"{row['bytes'] / 1e9:>8.2f}{row['flops'] / 1e9:>9.0f}"
+        )
+
+
 def _numbers(text: str) -> list[int]:
     from llm_mlp.config import ConfigError
 

@@ -147,6 +147,23 @@ def test_bench(call, tmp_path):
         assert {"device", "torch", "commit", "seed", "time"} <= line.keys()
 
 
+@pytest.mark.parametrize("op", ["perceive", "memorise"])
+def test_bench_op(call, tmp_path, op):
+    results = tmp_path / "op.jsonl"
+    args = ("--lengths", "64", "--tokens", 64, "--groups", 1, "--block", 32, "--slots", 8, "--repeats", 1)
+    names = ("--dtype", "fp32", "--implementations", "chunked,sdpa-math,sdpa-cudnn")
+    status, out, _ = call("bench", "op", op, *args, *names, "--results", results)
+    assert status == 0 and "TFLOP/s" in out and out.count("fwd+bwd") == 3
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["implementation"] for row in rows] == ["chunked"] * 2 + ["sdpa-math"] * 2 + ["sdpa-cudnn"] * 2
+    for row in rows[:4]:
+        assert row["seconds"] > 0 and row["bytes"] > 0 and row["flops"] > 0
+        assert row["share_of_roofline"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+    for row in rows[4:]:  # a peer that cannot run here is a row that says so
+        assert row["seconds"] is None and row["error"]
+    assert "unknown op 'attend'" in call("bench", "op", "attend")[2]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

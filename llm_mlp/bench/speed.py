@@ -21,14 +21,16 @@ from llm_mlp.presets import TWIN
 PREFILL = 2048  # tokens read at once before decoding is timed
 
 
-def _setup(device: str, threads: int) -> torch.device:
+def setup(device: str, threads: int) -> torch.device:
+    """The device a benchmark runs on, with this many CPU threads (0: torch's choice)."""
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -58,7 +60,7 @@ def bench_training(
     device: str,
 ) -> Iterator[str]:
     """Forward and backward, preset and twin in turn; yields a line a length, records tokens/s and the ratio."""
-    on = _setup(device, threads)
+    on = setup(device, threads)
     models = _pair(preset, on)
     mode = Precision(precision, on)  # type: ignore[arg-type]
     for length in lengths:
@@ -78,7 +80,7 @@ def bench_training(
 
         for round_ in range(repeats + 1):  # the first is warm-up
             for name, model in models.items():
-                seconds = _timed(partial(step, model), on)
+                seconds = timed(partial(step, model), on)
                 if round_:
                     times[name].append(seconds)
         speed = {name: batch * length / statistics.median(t) for name, t in times.items()}
@@ -107,7 +109,7 @@ def time_decoding(model: LM, context: int, steps: int) -> dict[str, float]:
     token = ids[:, -1]
     for _ in range(3):
         model.step(token, state)
-    times = [_timed(lambda: model.step(token, state), device) for _ in range(steps)]
+    times = [timed(lambda: model.step(token, state), device) for _ in range(steps)]
     return {"seconds": statistics.median(times), "state_bytes": size}
 
 
@@ -115,7 +117,7 @@ def bench_decoding(
     preset: str, contexts: list[int], steps: int, results: str | Path | None, threads: int, device: str
 ) -> Iterator[str]:
     """Preset and twin at each context; yields a line a context, records tokens/s, state bytes and the ratio."""
-    on = _setup(device, threads)
+    on = setup(device, threads)
     models = _pair(preset, on)
     for context in contexts:
         found = {name: time_decoding(model, context, steps) for name, model in models.items()}
