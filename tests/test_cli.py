@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from llm_mlp.config import dump
 def call(monkeypatch, capsys):
     """Run a command line; returns (exit status, stdout, stderr)."""
 
+    level = logging.getLogger("llm_mlp").level  # verbs set it
+
     def run(*args: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["llm-mlp", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -26,6 +29,8 @@ def call(monkeypatch, capsys):
             main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        finally:
+            logging.getLogger("llm_mlp").setLevel(level)
         out, err = capsys.readouterr()
         return status, out, err
 

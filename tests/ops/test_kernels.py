@@ -7,7 +7,6 @@ square where that is larger. Errors are pooled over several seeds, outputs are p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -15,12 +14,10 @@ import torch
 from op_cases import memorise_inputs, perceive_inputs, perceive_state, with_gradients
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-pytest.importorskip("triton", reason="the kernels are optional")
+from llm_mlp.ops import memorise, perceive
 
-from llm_mlp.ops import memorise, perceive  # noqa: E402
+pytest.importorskip("triton", reason="the kernels are optional")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Run = Callable[..., Sequence[Tensor]]
 

@@ -40,8 +40,8 @@ def _read(
         i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
         r, c = tl.arange(0, R), tl.arange(0, BW)
         real, inside = i < length, c < width
-        tokens = (start + i) * G + g
-        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
+        first, tokens = start * G + g, i * G
+        q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
         sink = tl.load(sink_ptr + g).to(tl.float32)
         top = tl.zeros((BQ,), tl.float32) + sink
         total = tl.zeros((BQ,), tl.float32) + (1.0 if SOFTMAX else tl.exp(sink))
@@ -52,19 +52,25 @@ def _read(
             if t < slot_tiles:
                 row = t * BK + j
                 held = row < slots
-                at = (block * G + g) * slots + row
-                held = held & (tl.load(used_ptr + at, mask=held, other=0) != 0)
-                k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                base, at = (block * G + g) * slots, row
+                held = held & (tl.load(used_ptr + base + at, mask=held, other=0) != 0)
+                k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
                 w = tl.load(
-                    slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0
+                    slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
+                    mask=held[:, None] & inside[None, :],
+                    other=0.0,
                 )
                 seen = held[None, :] & real[:, None]
             else:
                 row = (t - slot_tiles) * BK + j
                 held = row < length
-                at = (start + row) * G + g
-                k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
-                w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+                base, at = start * G + g, row * G
+                k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+                w = tl.load(
+                    w_ptr + base * width + (at[:, None] * width + c[None, :]),
+                    mask=held[:, None] & inside[None, :],
+                    other=0.0,
+                )
                 seen = (row[None, :] <= i[:, None]) & real[:, None]
             z = product(q, tl.trans(k), PRECISION) * scale
             if SOFTMAX:
@@ -84,11 +90,11 @@ def _read(
                 y = product_onto(y, narrow(p, w.dtype), w, PRECISION)
         y = y / total[:, None]
         tl.store(
-            y_ptr + tokens[:, None] * width + c[None, :],
+            y_ptr + first * width + (tokens[:, None] * width + c[None, :]),
             narrow(y, y_ptr.dtype.element_ty),
             mask=real[:, None] & inside[None, :],
         )
-        tl.store(norm_ptr + tokens, top + tl.log(total) if SOFTMAX else total, mask=real)
+        tl.store(norm_ptr + first + tokens, top + tl.log(total) if SOFTMAX else total, mask=real)
 
 
 @triton.jit
@@ -107,12 +113,14 @@ def _read_back(
         i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
         r, c = tl.arange(0, R), tl.arange(0, BW)
         real, inside = i < length, c < width
-        tokens = (start + i) * G + g
+        first, tokens = start * G + g, i * G
         whole = real[:, None] & inside[None, :]
-        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
-        y = tl.load(y_ptr + tokens[:, None] * width + c[None, :], mask=whole, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + tokens[:, None] * width + c[None, :], mask=whole, other=0.0)
-        norm = tl.load(norm_ptr + tokens, mask=real, other=1.0)
+        q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
+        y = tl.load(y_ptr + first * width + (tokens[:, None] * width + c[None, :]), mask=whole, other=0.0).to(
+            tl.float32
+        )
+        dy = tl.load(dy_ptr + first * width + (tokens[:, None] * width + c[None, :]), mask=whole, other=0.0)
+        norm = tl.load(norm_ptr + first + tokens, mask=real, other=1.0)
         sink = tl.load(sink_ptr + g).to(tl.float32)
         both = tl.sum(dy.to(tl.float32) * y, 1)  # dy . y, y as rounded
         exact = tl.zeros((BQ,), tl.float32)  # the same before rounding
@@ -123,19 +131,25 @@ def _read_back(
             if t < slot_tiles:
                 row = t * BK + j
                 held = row < slots
-                at = (block * G + g) * slots + row
-                held = held & (tl.load(used_ptr + at, mask=held, other=0) != 0)
-                k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
+                base, at = (block * G + g) * slots, row
+                held = held & (tl.load(used_ptr + base + at, mask=held, other=0) != 0)
+                k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
                 w = tl.load(
-                    slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0
+                    slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
+                    mask=held[:, None] & inside[None, :],
+                    other=0.0,
                 )
                 seen = held[None, :] & real[:, None]
             else:
                 row = (t - slot_tiles) * BK + j
                 held = row < length
-                at = (start + row) * G + g
-                k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
-                w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+                base, at = start * G + g, row * G
+                k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+                w = tl.load(
+                    w_ptr + base * width + (at[:, None] * width + c[None, :]),
+                    mask=held[:, None] & inside[None, :],
+                    other=0.0,
+                )
                 seen = (row[None, :] <= i[:, None]) & real[:, None]
             z = product(q, tl.trans(k), PRECISION) * scale
             worth = product(dy, tl.trans(w), PRECISION)
@@ -148,11 +162,13 @@ def _read_back(
                 dz = 2.0 * z * (worth - both[:, None]) / norm[:, None]
             exact += tl.sum(p * worth, 1)
             dq = product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
-        tl.store(dot_ptr + tokens, exact, mask=real)
+        tl.store(dot_ptr + first + tokens, exact, mask=real)
         silent = tl.exp(sink - norm) if SOFTMAX else tl.exp(sink) / norm  # the sink's share
         tl.store(dsink_ptr + partial, -tl.sum(tl.where(real, exact * silent, 0.0), 0))
         tl.store(
-            dq_ptr + tokens[:, None] * R + r[None, :], narrow(dq * scale, dq_ptr.dtype.element_ty), mask=real[:, None]
+            dq_ptr + first * R + (tokens[:, None] * R + r[None, :]),
+            narrow(dq * scale, dq_ptr.dtype.element_ty),
+            mask=real[:, None],
         )
 
 
@@ -172,27 +188,37 @@ def _rows_back(
     row = (tile if is_slot else tile - slot_tiles) * BK + j
     if is_slot:
         there = row < slots
-        at = (block * G + g) * slots + row
-        held = there & (tl.load(used_ptr + at, mask=there, other=0) != 0)
-        k = tl.load(slot_k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
-        w = tl.load(slot_w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
-        first = 0
+        base, at = (block * G + g) * slots, row
+        held = there & (tl.load(used_ptr + base + at, mask=there, other=0) != 0)
+        k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+        w = tl.load(
+            slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
+            mask=held[:, None] & inside[None, :],
+            other=0.0,
+        )
+        begin = 0
     else:
         there = row < length
         held = there
-        at = (start + row) * G + g
-        k = tl.load(k_ptr + at[:, None] * R + r[None, :], mask=held[:, None], other=0.0)
-        w = tl.load(w_ptr + at[:, None] * width + c[None, :], mask=held[:, None] & inside[None, :], other=0.0)
-        first = (tile - slot_tiles) * BK // BQ
+        base, at = start * G + g, row * G
+        k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+        w = tl.load(
+            w_ptr + base * width + (at[:, None] * width + c[None, :]), mask=held[:, None] & inside[None, :], other=0.0
+        )
+        begin = (tile - slot_tiles) * BK // BQ
     dk, dw = tl.zeros((BK, R), tl.float32), tl.zeros((BK, BW), tl.float32)
-    for t in range(first, (length + BQ - 1) // BQ):
+    for t in range(begin, (length + BQ - 1) // BQ):
         i = t * BQ + tl.arange(0, BQ)
         real = i < length
-        tokens = (start + i) * G + g
-        q = tl.load(q_ptr + tokens[:, None] * R + r[None, :], mask=real[:, None], other=0.0)
-        dy = tl.load(dy_ptr + tokens[:, None] * width + c[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        norm = tl.load(norm_ptr + tokens, mask=real, other=1.0)
-        both = tl.load(dot_ptr + tokens, mask=real, other=0.0)
+        first, tokens = start * G + g, i * G
+        q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
+        dy = tl.load(
+            dy_ptr + first * width + (tokens[:, None] * width + c[None, :]),
+            mask=real[:, None] & inside[None, :],
+            other=0.0,
+        )
+        norm = tl.load(norm_ptr + first + tokens, mask=real, other=1.0)
+        both = tl.load(dot_ptr + first + tokens, mask=real, other=0.0)
         seen = held[:, None] & real[None, :] & (is_slot | (row[:, None] <= i[None, :]))
         z = product(k, tl.trans(q), PRECISION) * scale
         change = product(w, tl.trans(dy), PRECISION) - both[None, :]
@@ -207,12 +233,16 @@ def _rows_back(
         dw = product_onto(dw, narrow(p, dy.dtype), dy, PRECISION)
     dk = dk * scale
     if is_slot:
-        tl.store(slot_dk_ptr + at[:, None] * R + r[None, :], dk, mask=there[:, None])
-        tl.store(slot_dw_ptr + at[:, None] * width + c[None, :], dw, mask=there[:, None] & inside[None, :])
-    else:
-        tl.store(dk_ptr + at[:, None] * R + r[None, :], narrow(dk, dk_ptr.dtype.element_ty), mask=there[:, None])
+        tl.store(slot_dk_ptr + base * R + (at[:, None] * R + r[None, :]), dk, mask=there[:, None])
         tl.store(
-            dw_ptr + at[:, None] * width + c[None, :],
+            slot_dw_ptr + base * width + (at[:, None] * width + c[None, :]), dw, mask=there[:, None] & inside[None, :]
+        )
+    else:
+        tl.store(
+            dk_ptr + base * R + (at[:, None] * R + r[None, :]), narrow(dk, dk_ptr.dtype.element_ty), mask=there[:, None]
+        )
+        tl.store(
+            dw_ptr + base * width + (at[:, None] * width + c[None, :]),
             narrow(dw, dw_ptr.dtype.element_ty),
             mask=there[:, None] & inside[None, :],
         )

@@ -1,0 +1,92 @@
+"""Compile every kernel for a GPU that need not be there, and show what the compiler made of it.
+
+    python benchmarks/compile_kernels.py [--features 128] [--value-width 32] [--capability 90] [--warps 4,8]
+
+Prints shared memory, registers, stack (spills), matrix instructions and local loads and stores. Needs triton, no GPU;
+TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llm_mlp.ops.memorise import kernels as memorise
+from llm_mlp.ops.perceive import kernels as perceive
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+INTEGERS = {"start_ptr": "*i32", "length_ptr": "*i32", "first_ptr": "*i32", "resets_ptr": "*i32", "used_ptr": "*i8"}
+# Pointers to tensors in the inputs' dtype; all others are float32.
+NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters", "scratch"}
+
+
+def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in INTEGERS:
+            wide = name == "start_ptr" and "used_ptr" in kernel.arg_names
+            kinds[name] = "*i64" if wide else INTEGERS[name]
+        elif name.endswith("_ptr"):
+            kinds[name] = "*bf16" if name.removesuffix("_ptr") in NARROW else "*fp32"
+        else:
+            kinds[name] = "fp32" if name == "scale" else "i32"
+    return kinds
+
+
+def show(kernel: Any, constants: dict[str, Any], warps: int, capability: int) -> None:
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature(kernel, constants), constexprs=places)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    registers, stack = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    counts = "".join(f"{name} {len(re.findall(rf'{name}[ .]', code)):>5}  " for name in ("HGMMA", "HMMA", "LDL", "STL"))
+    module = kernel.fn.__module__.split(".")[-2]
+    print(
+        f"{module + '.' + kernel.fn.__name__:24} warps {warps}  shared {made.metadata.shared:>6}  "
+        f"registers {registers[1] if registers else '?':>3}  stack {stack[1] if stack else '?':>5}  {counts}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=int, default=128)
+    parser.add_argument("--value-width", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--warps", default="4,8")
+    args = parser.parse_args()
+    tile = {"BF": min(64, args.features), "BV": max(16, args.value_width)}
+    sizes = {"F": args.features, "C": perceive.CHUNK, "PRECISION": "tf32"}
+    rows = {"R": args.features, "BW": args.heads * args.value_width, "BQ": memorise.QUERIES, "BK": memorise.ROWS}
+    for warps in map(int, args.warps.split(",")):
+        for kernel, more in (
+            (perceive._prepare, {"BF": tile["BF"], "FLOOR": perceive.RESET}),
+            (perceive._scan, {"BV": tile["BV"]}),
+            (perceive._read, tile),
+            (perceive._unread, tile),
+            (perceive._scan_back, {"BV": tile["BV"]}),
+            (perceive._gradients, tile),
+        ):
+            show(kernel, {**sizes, **more}, warps, args.capability)
+        for kernel, more in ((memorise._read, {"WIDE": False}), (memorise._read_back, {}), (memorise._rows_back, {})):
+            show(kernel, {**rows, "SOFTMAX": False, "PRECISION": "tf32", **more}, warps, args.capability)
+
+
+if __name__ == "__main__":
+    main()
