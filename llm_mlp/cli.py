@@ -29,7 +29,9 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModelDir = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, or the folder of a finished run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each; the median counts.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens a call (at least one sequence).")]
 
 
 @app.callback(invoke_without_command=True)
@@ -62,10 +64,14 @@ def train(
     extra = [f"out={json.dumps(str(out))}"] if out else []
     settings = load(TrainConfig, find(config), [*(overrides or []), *extra])
     result = run(settings, resume=resume, init_from=init_from, stop_after=stop_after, quiet=quiet)
+    if result.interrupted and result.steps != stop_after:
+        raise SystemExit(130)
     if not result.interrupted:
+        speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens else "finished before"
+        scored = result.evaluations and result.evaluations[-1][0] == result.steps
+        quality = f"held-out {result.bits_per_byte:.4f} bits per byte" if scored else "nothing held out"
         typer.echo(
-            f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, held-out {result.bits_per_byte:.4f} "
-            f"bits per byte\nllm-mlp generate --model {result.out} --prompt 'The old man'"
+            f"{result.steps} steps, {speed}, {quality}\nllm-mlp generate --model {result.out} --prompt 'The old man'"
         )
 
 
@@ -147,25 +153,32 @@ def prepare(
 def generate(
     model: ModelDir,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the most likely.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling; the same seed gives the same text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling; the same seed gives the same text.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text, token by token."""
     from llm_mlp.checkpoint import load_model
+    from llm_mlp.config import ConfigError
+    from llm_mlp.device import pick_device
     from llm_mlp.infer import Sampling
     from llm_mlp.infer import generate as run
-    from llm_mlp.train.loop import pick_device
 
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # nothing but the text, unless something is wrong
     choice = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     lm, tokenizer = load_model(model, device=pick_device(device))
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode("utf8")
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8 text") from None
     ids = [tokenizer.eos, *tokenizer.encode(text)]
     typer.echo(text, nl=False)
     stream = tokenizer.stream()
@@ -181,7 +194,7 @@ def generate(
 def info(
     preset: Annotated[str | None, typer.Option(help="A preset, for example 900m or 125m-transformer.")] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="A checkpoint folder.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context the figures are for.")] = 2048,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of context the figures are for.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32: of activations and rows in the state.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -191,6 +204,8 @@ def info(
     from llm_mlp.models import model_cost
     from llm_mlp.presets import preset_names
 
+    if preset is not None and model is not None:
+        raise ConfigError("name a --preset or a --model, not both")
     sizes = {"bf16": 2, "fp32": 4}
     if dtype not in sizes:
         raise ConfigError(f"--dtype {dtype!r}: expected bf16 or fp32")
@@ -210,6 +225,7 @@ def info(
             "heads": heads,
             "vocab_size": c.vocab_size,
             "mixers": sorted(set(c.mixers)),
+            "config": c.model_dump(mode="json"),
         }
 
     if model is not None:
@@ -247,7 +263,7 @@ def eval_text(
     model: ModelDir,
     context: Annotated[int, typer.Option(help="Tokens a piece; each starts from an empty state.")] = 1024,
     carry: Annotated[bool, typer.Option("--carry", help="Carry the state through each document instead.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after about this many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and Parquet.")] = "text",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Device = "auto",
@@ -256,9 +272,9 @@ def eval_text(
     """Bits per byte and perplexity of a text, and loss by position."""
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ConfigError
+    from llm_mlp.device import pick_device
     from llm_mlp.eval.text import score_text
     from llm_mlp.precision import Precision
-    from llm_mlp.train.loop import pick_device
 
     if precision not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision!r}: expected fp32, bf16 or fp16")
@@ -301,8 +317,8 @@ def bench_train(
     lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "1024,8192",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile every block.")] = False,
-    tokens: Annotated[int, typer.Option(help="Tokens a step (at least one sequence).")] = 8192,
-    repeats: Annotated[int, typer.Option(help="Timed steps of each; the median counts.")] = 3,
+    tokens: Tokens = 8192,
+    repeats: Repeats = 3,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     threads: Threads = 0,
     device: Device = "auto",
@@ -320,7 +336,7 @@ def bench_train(
 def bench_decode(
     preset: Annotated[str, typer.Option(help="Preset; its twin runs beside it.")] = "30m",
     contexts: Annotated[str, typer.Option(help="Tokens already read, comma-separated.")] = "512,4096,16384",
-    steps: Annotated[int, typer.Option(help="Timed tokens; the median counts.")] = 40,
+    steps: Repeats = 40,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     threads: Threads = 0,
     device: Device = "auto",
@@ -336,7 +352,7 @@ def bench_decode(
 def bench_op(
     op: Annotated[str, typer.Argument(help="perceive or memorise.")],
     lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "2048,131072",
-    tokens: Annotated[int, typer.Option(help="Tokens in all (at least one sequence).")] = 131_072,
+    tokens: Tokens = 131_072,
     groups: Annotated[int, typer.Option(help="G: groups.")] = 8,
     features: Annotated[int, typer.Option(help="F (memorise: R).")] = 128,
     heads: Annotated[int, typer.Option(help="m: heads of a group.")] = 4,
@@ -348,7 +364,7 @@ def bench_op(
     implementations: Annotated[
         str, typer.Option(help="triton, chunked, sdpa-cudnn, sdpa-flash, fla ...; empty: all that can run.")
     ] = "",
-    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 10,
+    repeats: Repeats = 10,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     threads: Threads = 0,
     device: Device = "auto",
@@ -393,9 +409,12 @@ def _numbers(text: str) -> list[int]:
     from llm_mlp.config import ConfigError
 
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{text!r}: expected whole numbers, comma-separated") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"{text!r}: expected numbers of at least 1")
+    return numbers
 
 
 def main() -> None:
@@ -405,11 +424,14 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
-    except (ConfigError, FileNotFoundError) as error:
+    except ConfigError as error:
         _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except (ValueError, RuntimeError) as error:
         # DataError, TokenizerError, CheckpointError, TrainingError; anything else is a bug and keeps its traceback.
         if type(error).__module__.startswith("llm_mlp.") or type(error) is ValueError:
@@ -417,7 +439,7 @@ def main() -> None:
         raise
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: BaseException | str) -> None:
     typer.echo(f"error: {error}", err=True)
     raise SystemExit(1)
 

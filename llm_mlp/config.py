@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Base of every config: immutable, strict, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 def _power_of_two(value: int) -> bool:
@@ -180,7 +180,7 @@ class ModelConfig(Config):
 class SourceConfig(Config):
     """One source of documents."""
 
-    path: str = Field(description="file, folder, glob, or hf:NAME[:SPLIT] with the `hf` extra installed")
+    path: str = Field(min_length=1, description="file, folder, glob, or hf:NAME[:SPLIT] with the `hf` extra installed")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
     text_field: str = Field("text", description="field of JSON lines, Parquet and Hugging Face records")
 
@@ -204,8 +204,8 @@ class DataConfig(Config):
         description="reset: state starts afresh at each document (cu_seqlens); joined: documents follow each other "
         "behind a separator; streams: long documents in order, state carried from step to step",
     )
-    cache_dir: str = Field("data", description="folder for tokenised shards")
-    seed: int = 0
+    cache_dir: str = Field("data", min_length=1, description="folder for tokenised shards")
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,6 +224,12 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
     clip: float = Field(1.0, ge=0, description="gradient norm is clipped at this; 0: no clipping")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas} must be at least 0 and below 1")
+        return self
 
 
 class ScheduleConfig(Config):
@@ -257,7 +263,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    out: str = Field("runs/train", description="folder of the run")
+    out: str = Field("runs/train", min_length=1, description="folder of the run")
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
     micro_batch: int = Field(0, ge=0, description="sequences a forward pass; 0: the whole batch. Divides batch_size")
@@ -267,7 +273,7 @@ class TrainConfig(Config):
     on_nan: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
     debug_checks: bool = Field(False, description="check the ops' inputs for NaN and positive decays (slow)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
 
     @property
@@ -377,8 +383,8 @@ def build(cls: type[C], values: dict[str, Any], origin: str = "config") -> C:
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, cls, origin)) from None
-    except TypeError as error:
-        raise ConfigError(f"{origin}: {error}") from None
+    except (TypeError, ValueError) as error:  # from json.dumps: a date, a circular alias
+        raise ConfigError(f"{origin}: not plain numbers, texts, lists and fields ({error})") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -413,7 +419,8 @@ def load(cls: type[C], path: str | Path | None, overrides: list[str] | tuple[str
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected fields and values, got {type(values).__name__}")
-    return build(cls, apply_overrides(values, overrides), str(path or "config"))
+    origin = str(path or "config") + (" and overrides" if overrides else "")
+    return build(cls, apply_overrides(values, overrides), origin)
 
 
 def dump(config: Config) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,8 @@ def test_stop_resume_and_init_from(call, config, trained, tmp_path):
     assert "already holds a run" in call("train", config, "--out", out)[2]
     status, text, _ = call("train", config, "--out", out, "--resume", "--quiet")
     assert status == 0 and text.startswith("6 steps")
+    status, text, _ = call("train", config, "--out", out, "--resume", "--quiet")
+    assert status == 0 and text.startswith("6 steps, finished before, held-out") and "nan" not in text
     assert call("train", config, "--out", tmp_path / "third", "--init-from", trained, "--quiet")[0] == 0
 
 
@@ -183,6 +188,17 @@ def test_bench_op(call, tmp_path, op):
         (["generate", "--model", "nowhere"], "nowhere: no such folder"),
         (["sweep", "demo", "--rates", "a,b"], "--rates 'a,b': expected numbers"),
         (["bench", "train", "--lengths", "x"], "'x': expected whole numbers"),
+        (["bench", "train", "--lengths", "0"], "'0': expected numbers of at least 1"),
+        (["bench", "train", "--precision", "fp8"], "--precision 'fp8': expected fp32, bf16 or fp16"),
+        (["bench", "train", "--preset", "demo-transformer"], "name demo; its twin runs beside it"),
+        (["bench", "decode", "--device", "nope"], "device 'nope' cannot be used"),
+        (["info", "--preset", "demo", "--model", "x"], "not both"),
+        (["train", "demo", "optimizer.lr=.inf"], "optimizer.lr: Input should be a finite number"),
+        (["train", "demo", "optimizer.betas=[2,3]"], "betas = (2.0, 3.0) must be at least 0 and below 1"),
+        (["train", "demo", "out=2024-01-01"], "not plain numbers, texts, lists and fields"),
+        (["train", "demo", 'out=""'], "out: String should have at least 1 character"),
+        (["train", "demo", "seed=99999999999999999999999"], "seed: "),
+        (["train", "demo", "data.cache_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
         (["eval", "text", "nowhere.txt", "--model", "nowhere"], "nowhere: no such folder"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -199,12 +215,16 @@ def test_errors_are_one_line(call, tmp_path, monkeypatch, args, says):
 def test_errors_of_the_options(call, trained):
     for args, says in (
         (("generate", "--model", trained, "--temperature", -1), "temperature = -1.0 must be at least 0"),
+        (("generate", "--model", trained, "--temperature", "inf"), "temperature = inf must be at least 0 and finite"),
+        (("generate", "--model", trained, "--device", "meta"), "device 'meta' cannot be used"),
+        (("generate", "--model", trained, "--prompt", "a\udcff"), "the prompt is not UTF-8 text"),
         (("eval", "text", trained, "--model", trained, "--context", 0), "--context 0: expected at least 1"),
         (("eval", "text", trained, "--model", trained, "--precision", "fp8"), "--precision 'fp8'"),
     ):
         status, _, err = call(*args)
         assert status == 1 and says in err
-    assert call("generat")[0] == 2
+    for args in (["generat"], ["generate", "--model", trained, "--seed", 2**70], ["info", "--context", -1]):
+        assert call(*args)[0] == 2
 
 
 def test_a_bug_keeps_its_traceback(call, monkeypatch, trained):
@@ -216,3 +236,23 @@ def test_a_bug_keeps_its_traceback(call, monkeypatch, trained):
     monkeypatch.setattr(llm_mlp.checkpoint, "load_model", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         call("generate", "--model", trained)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_so_by_its_exit_status(config, tmp_path):
+    program = [sys.executable, "-m", "llm_mlp"]
+    process = subprocess.Popen([*program, "train", str(config), "steps=100000", "--quiet"])
+    metrics = tmp_path / "run/metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    done = subprocess.run(
+        [*program, "train", str(config), "steps=100000", "--resume", "--stop-after", "99999999"],
+        capture_output=True,
+        text=True,
+    )
+    assert "--stop-after 99999999: expected a step from 1" in done.stderr
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1

@@ -13,7 +13,9 @@ import pytest
 import typer
 
 from llm_mlp.cli import app
-from llm_mlp.config import TrainConfig, load
+from llm_mlp.config import ModelConfig, TrainConfig, build, load
+from llm_mlp.models import model_cost
+from llm_mlp.presets import TWIN, preset_names
 from llm_mlp.recipes import find
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +80,22 @@ def test_the_table_of_the_study_is_its_results():
             assert cell == f"{r['held_out_loss']:.3f} ({r['bits_per_byte']:.3f})", row
         for cell, r in zip(cells[2:], own, strict=True):
             assert cell == f"{r['loss_by_position']['4096-8192']:.3f}", row
+
+
+def test_the_table_of_the_presets_is_the_presets():
+    text = (ROOT / "docs/model.md").read_text(encoding="utf8")
+    rows = text[text.index("<!-- table: presets -->") :].split("\n\n")[0].splitlines()[3:]
+    assert [row.split("`")[1] for row in rows] == [name for name in preset_names() if not name.endswith(TWIN)]
+    for row in rows:
+        name, *cells = (cell.strip().strip("`") for cell in row.strip("|").split("|"))
+        own, twin = (build(ModelConfig, {"preset": n}) for n in (name, name + TWIN))
+        p, cost, other = own.perception, model_cost(own), model_cost(twin)
+        sizes = (own.d_model, own.n_layers, p.groups, p.heads_per_group, p.read_width, p.features, p.value_width)
+        sizes += (p.block, p.slots, own.ffn.hidden, own.vocab_size)
+        assert cells[:11] == [str(size) for size in sizes]
+        assert cells[11:14] == [
+            f"{cost.parameters / 1e6:.1f}",
+            f"{cost.flops / 1e9:.3f}",
+            f"{cost.state_bytes / 1e6:.1f}",
+        ]
+        assert cells[14:] == [str(twin.attention.heads), str(twin.ffn.hidden), f"{other.parameters / 1e6:.1f}"]

@@ -16,7 +16,7 @@ ROOT = Path(llm_mlp.__file__).parent
 LAYERS = [
     ["presets", "allocator"],
     ["config", "ops"],
-    ["models", "data", "precision"],
+    ["models", "data", "precision", "device"],
     ["checkpoint"],
     ["infer", "eval", "bench"],
     ["train"],

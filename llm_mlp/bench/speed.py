@@ -13,9 +13,10 @@ import torch
 
 from llm_mlp.allocator import keep_freed_memory
 from llm_mlp.bench.record import record
-from llm_mlp.config import ModelConfig, build
+from llm_mlp.config import ConfigError, ModelConfig, build
+from llm_mlp.device import pick_device
 from llm_mlp.models import LM, build_model
-from llm_mlp.precision import Precision
+from llm_mlp.precision import DTYPES, Precision
 from llm_mlp.presets import TWIN
 
 PREFILL = 2048  # tokens read at once before decoding is timed
@@ -26,7 +27,7 @@ def setup(device: str, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return pick_device(device)
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -42,6 +43,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 def _pair(preset: str, device: torch.device) -> dict[str, LM]:
     """The preset and its twin, weights filled at random (zeros would flatter some paths)."""
+    if preset.endswith(TWIN):
+        raise ConfigError(f"--preset {preset}: name {preset.removesuffix(TWIN)}; its twin runs beside it")
     return {
         name: build_model(build(ModelConfig, {"preset": name}), device=device).randomize_()
         for name in (preset, preset + TWIN)
@@ -60,6 +63,8 @@ def bench_training(
     device: str,
 ) -> Iterator[str]:
     """Forward and backward, preset and twin in turn; yields a line a length, records tokens/s and the ratio."""
+    if precision not in ("fp32", *DTYPES):
+        raise ConfigError(f"--precision {precision!r}: expected fp32, {' or '.join(DTYPES)}")
     on = setup(device, threads)
     models = _pair(preset, on)
     mode = Precision(precision, on)  # type: ignore[arg-type]

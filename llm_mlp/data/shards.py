@@ -184,23 +184,29 @@ class _Split:
         return value < self.threshold or value == self.forced
 
 
-def _split(sources: tuple[SourceConfig, ...], scans: list[_Scan], held_out: float) -> _Split:
-    split = _Split(int(held_out * 2**64))
-    if held_out > 0 and not any(scan.below for scan in scans):
-        # Too few documents for the share: hold out the one with the smallest hash that leaves its source others.
-        smallest = [scan.smallest for scan in scans if scan.documents > scan.smallest_count]
-        if smallest:
-            split = _Split(0, min(smallest))
-        else:
-            logger.warning("nothing is held out: no source has two different documents; split them up to evaluate")
+def _split(sources: tuple[SourceConfig, ...], scans: list[_Scan], held_out: float) -> list[_Split]:
+    """Which documents of each source are held out. A source of one document (or copies of one) keeps it to train on."""
+    splits = []
     for source, scan in zip(sources, scans, strict=True):
-        taken = scan.below or (scan.smallest_count if scan.smallest == split.forced else 0)
-        if taken == scan.documents:
+        single = scan.documents == scan.smallest_count
+        if scan.below == scan.documents and not single:
             raise DataError(
                 f"{source.path}: all {scan.documents} documents fall to the held-out part, none is left to train on; "
                 f"lower held_out = {held_out} or give the source more documents"
             )
-    return split
+        splits.append(_Split(0 if single else int(held_out * 2**64)))
+    if held_out > 0 and not any(scan.below for scan, split in zip(scans, splits, strict=True) if split.threshold):
+        # Too few documents for the share: hold out the one with the smallest hash that leaves its source others.
+        smallest = [scan.smallest for scan in scans if scan.documents > scan.smallest_count]
+        if smallest:
+            forced = min(smallest)
+            splits = [
+                _Split(0, forced) if scan.documents > scan.smallest_count or scan.smallest != forced else _Split(0)
+                for scan in scans
+            ]
+        else:
+            logger.warning("nothing is held out: no source has two different documents; split them up to evaluate")
+    return splits
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -273,10 +279,10 @@ def _tokenise(
 
 
 def _training_sample(
-    sources: tuple[SourceConfig, ...], weights: list[float], split: _Split, megabytes: float
+    sources: tuple[SourceConfig, ...], weights: list[float], splits: list[_Split], megabytes: float
 ) -> Iterator[str]:
     """The first training documents of every source, each source's share of the bytes being its weight."""
-    for source, weight in zip(sources, weights, strict=True):
+    for source, weight, split in zip(sources, weights, splits, strict=True):
         left = int(megabytes * 1e6 * weight)
         for document in read_documents(source, quiet=True):
             data = document.text.encode()
@@ -390,7 +396,7 @@ def _build(
 ) -> None:
     threshold = int(config.held_out * 2**64)
     scans = [_scan(source, threshold, progress) for source in sources]
-    split = _split(sources, scans, config.held_out)
+    splits = _split(sources, scans, config.held_out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}.*"):
         if time.time() - left.stat().st_mtime > STALE:
@@ -400,12 +406,12 @@ def _build(
     temporary.mkdir()
     try:
         if tokenizer is None:
-            sample = _training_sample(sources, _weights(sources), split, config.tokenizer_sample_mb)
+            sample = _training_sample(sources, _weights(sources), splits, config.tokenizer_sample_mb)
             tokenizer = Tokenizer.train(sample, config.vocab_size, progress=progress and sys.stderr.isatty())
         tokenizer.save(temporary)
         entries = [
             _tokenise(temporary, i, source, scan, split, tokenizer, progress)
-            for i, (source, scan) in enumerate(zip(sources, scans, strict=True))
+            for i, (source, scan, split) in enumerate(zip(sources, scans, splits, strict=True))
         ]
         manifest = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint(), "sources": entries}
         _write_json(temporary / "manifest.json", manifest)

@@ -71,6 +71,9 @@ def _files_in(folder: Path) -> list[Path]:
             path = Path(root, name)
             if name.startswith("."):
                 continue
+            if not path.is_file():  # a broken link, a pipe
+                logger.info("%s: not a regular file; left out", path)
+                continue
             if _kind(path) in (*JSON_LINES, *TEXT, ".parquet"):
                 files.append(path)
             else:
@@ -188,7 +191,7 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
             text = _decode(line, where)
             try:
                 record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON ({error}); expected one record a line") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a record {{...}}, got {type(record).__name__}; one record a line")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, good, allowed in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -48,7 +49,8 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / sampling.temperature
+    # The largest is 0, so that no temperature however low overflows.
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1]), -1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -5,6 +5,7 @@ Both are trained on equal data with equal steps, measured, and shown side by sid
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -21,7 +22,7 @@ from rich.table import Table
 from llm_mlp.bench.record import device_name, record
 from llm_mlp.bench.speed import time_decoding
 from llm_mlp.checkpoint import CheckpointError, load_model, write_json
-from llm_mlp.config import TrainConfig, load
+from llm_mlp.config import ConfigError, TrainConfig, load
 from llm_mlp.infer import Sampling, generate
 from llm_mlp.models import model_cost
 from llm_mlp.presets import TWIN
@@ -29,6 +30,7 @@ from llm_mlp.recipes import find
 from llm_mlp.recipes.report import Figure, Series, write_report
 from llm_mlp.train import TrainResult, train
 
+PRESETS = {"perception": "demo", "transformer": "demo" + TWIN}
 CONTEXTS = (512, 4096, 16384)
 # No space at the end: the first token would have to be one that follows a lone space.
 PROMPTS = ("", "The", "It was a dark night, and")
@@ -70,14 +72,16 @@ def demo(
         False if it was interrupted.
 
     Raises:
+        ConfigError: something that is asked for cannot be; an earlier demo still stands.
         CheckpointError: ``out`` holds something else.
     """
     out = Path(out)
+    configs = {name: _config(preset, out, name, overrides, steps) for name, preset in PRESETS.items()}
+    if not contexts or min(contexts) < 1:
+        raise ConfigError(f"contexts {list(contexts)}: expected numbers of at least 1")
     _fresh(out)
     models = []
-    for name, preset in (("perception", "demo"), ("transformer", "demo" + TWIN)):
-        extra = [f"model={preset}", f"out={out / name}", f"data.cache_dir={out / 'data'}", *overrides]
-        config = load(TrainConfig, find("demo"), [*extra, *([f"steps={steps}"] if steps else [])])
+    for name, config in configs.items():
         result = train(config, quiet=quiet)
         if result.interrupted:
             return False
@@ -95,6 +99,16 @@ def demo(
     return True
 
 
+def _config(preset: str, out: Path, name: str, overrides: Sequence[str], steps: int | None) -> TrainConfig:
+    """The recipe with this preset, in ``out``; everything is checked before anything is written."""
+    places = [f"out={json.dumps(str(out / name))}", f"data.cache_dir={json.dumps(str(out / 'data'))}"]
+    more = [] if steps is None else [f"steps={steps}"]
+    config = load(TrainConfig, find("demo"), [f"model={preset}", *places, *overrides, *more])
+    if config.data.held_out == 0:
+        raise ConfigError("the demo compares held-out losses: data.held_out must be above 0")
+    return config
+
+
 def next_command(out: Path) -> str:
     """The command that continues a text with the demo's model, as it can be typed here."""
     program = "llm-mlp"
@@ -107,6 +121,8 @@ def next_command(out: Path) -> str:
 
 
 def _fresh(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: not a folder; choose another --out")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARKER).is_file():
             raise CheckpointError(f"{out}: not empty, and not an earlier demo; choose another --out")
@@ -167,7 +183,7 @@ def _write(out: Path, models: list[_Model], contexts: Sequence[int], samples: li
             "lr": m.config.optimizer.lr,
             "steps": m.result.steps,
             "tokens": m.result.tokens,
-            "held_out_loss": m.result.evaluations[-1][1],
+            "held_out_loss": m.result.evaluations[-1][1] if m.result.evaluations else None,
             "bits_per_byte": m.result.bits_per_byte,
             "tokens_per_second": m.result.tokens_per_second,
             "decoding": {str(c): m.decoding[c] for c in contexts},
@@ -189,6 +205,7 @@ def _write(out: Path, models: list[_Model], contexts: Sequence[int], samples: li
             "milliseconds",
             [Series(NAMES[m.name], list(contexts), [1e3 * m.decoding[c]["seconds"] for c in contexts]) for m in models],
             log_x=True,
+            from_zero=True,
         ),
         Figure(
             "Decoding: memory of the context",

@@ -29,6 +29,7 @@ class Figure:
     series: list[Series] = field(default_factory=list)
     log_x: bool = False
     log_y: bool = False
+    from_zero: bool = False
 
 
 _PAGE = """<!doctype html>
@@ -69,7 +70,7 @@ def _svg(figure: Figure) -> str:
         axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
     if figure.log_y:
         axes.set_yscale("log")
-    else:
+    elif figure.from_zero:
         axes.set_ylim(bottom=0)
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label, title=figure.title)
     axes.grid(alpha=0.3)

@@ -19,7 +19,7 @@ class Console:
     """Progress on the terminal (a line every ``log_every`` steps where it is none), metrics.jsonl and TensorBoard."""
 
     def __init__(self, run: Path, config: TrainConfig, start: int, quiet: bool) -> None:
-        self.config, self.run = config, run
+        self.config, self.run, self._start = config, run, start
         self.interactive = sys.stderr.isatty() and not quiet
         self.quiet = quiet
         self.bar = Progress(
@@ -39,11 +39,18 @@ class Console:
         self._held_out = ""
 
     def __enter__(self) -> Console:
-        self._file = (self.run / "metrics.jsonl").open("a", encoding="utf8")
+        path = self.run / "metrics.jsonl"
+        if path.is_file():  # steps after the checkpoint will be recorded again
+            lines = path.read_text(encoding="utf8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self._start]
+            temporary = path.with_name(".metrics.jsonl")
+            temporary.write_text("".join(kept), encoding="utf8")
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf8")
         # TensorBoard's writer brings much with it; imported where it is used.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self.run / "tensorboard"))
+        self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._start + 1)
         self.bar.start()
         return self
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from llm_mlp.allocator import keep_freed_memory
 from llm_mlp.checkpoint import CheckpointError, load_tokenizer, load_weights, resolve, save_model
 from llm_mlp.config import ConfigError, TrainConfig, dump
 from llm_mlp.data import Batch, Dataset, Loader, held_out_batches, prepare
+from llm_mlp.device import pick_device
 from llm_mlp.eval.text import TextScore, score_batches
 from llm_mlp.models import LM, build_model
 from llm_mlp.ops import debug_checks
@@ -51,22 +54,6 @@ class TrainResult:
     interrupted: bool = False
     curve: list[tuple[int, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one.
-
-    Raises:
-        ConfigError: a device this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 class _Stop:
@@ -118,7 +105,13 @@ def train(
         TrainingError: a NaN or infinite loss or gradient under ``on_nan: stop``.
     """
     run = Path(config.out)
+    if resume and init_from:
+        raise ConfigError("--resume continues a run's own weights; it cannot be combined with --init-from")
+    if stop_after is not None and not 1 <= stop_after <= config.steps:
+        raise ConfigError(f"--stop-after {stop_after}: expected a step from 1 to steps = {config.steps}")
     device = pick_device(config.device)
+    if config.compile and device.type == "cpu":
+        _need_compiler()
     if device.type == "cpu":
         keep_freed_memory()
     last = snapshot.checkpoints(run)
@@ -145,6 +138,8 @@ def train(
     if resume:
         progress = snapshot.restore(last[-1], config, model, optimizers)
         loader.load_state_dict(progress.loader)
+        if stop_after is not None and stop_after <= progress.step:
+            raise ConfigError(f"--stop-after {stop_after}: the run is already at step {progress.step}")
     elif init_from:
         load_weights(model, resolve(init_from) / "model.safetensors")
     if config.compile:
@@ -153,6 +148,14 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config), encoding="utf8")
     return _Run(config, run, device, model, dataset, loader, optimizers, progress, stop_after, on_step).go(quiet)
+
+
+def _need_compiler() -> None:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"compile: true needs a C++ compiler on a CPU (none of {', '.join(names)}); set compile: false"
+        )
 
 
 class _Run:
@@ -224,8 +227,19 @@ class _Run:
             result.tokens_per_second = config.batch_size * config.data.seq_len / settled[len(settled) // 2]
         if self.device.type == "cuda":
             result.memory = torch.cuda.max_memory_allocated(self.device)
-        if not result.interrupted and self._times:
+        if not self._times:
+            self._recall()
+        if not result.interrupted and (self._times or not (self.run / "model").is_dir()):
             save_model(self.run / "model", self.model, self.dataset.tokenizer)
+
+    def _recall(self) -> None:
+        """Nothing was left to do: the result is what the run had come to."""
+        for line in read_metrics(self.run):
+            if "bits_per_byte" in line:
+                self.result.bits_per_byte = line["bits_per_byte"]
+                self.result.evaluations.append((line["step"], line["held_out_loss"]))
+            else:
+                self.result.loss = line["loss"]
 
     def _step(self, step: int) -> tuple[float, float]:
         """One optimizer step; returns the mean loss and the gradient norm before clipping."""
@@ -310,7 +324,7 @@ class _Run:
     def _evaluate(self, step: int, console: Console) -> TextScore | None:
         config = self.config
         if not any(len(data.tokens) for data in self.dataset.held_out):
-            console.say("no held-out documents (data.held_out = 0): no evaluation")
+            console.say("no held-out documents: no evaluation")
             return None
         batch = config.micro_batch or config.batch_size
         batches = held_out_batches(

@@ -148,6 +148,9 @@ def restore(folder: Path, config: TrainConfig, model: LM, optimizers: list[torch
             torch.cuda.set_rng_state(parts["rng"]["cuda"])
     except KeyError as error:
         raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
+    missing = {"step", "loader", "best_loss", "skipped", "scaler"} - facts.keys()
+    if missing:
+        raise CheckpointError(f"{folder / 'training.json'}: no {', '.join(sorted(missing))}; the file was edited")
     best = facts["best_loss"]
     return Progress(
         step=facts["step"],

@@ -132,6 +132,18 @@ def test_nothing_left_to_train_on(config: DataConfig, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*")), "nothing half-written stays"
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_single_document_is_trained_on(config: DataConfig, tmp_path: Path, copies: int, caplog) -> None:
+    """Whatever its hash: no share of one document can be held out."""
+    path = write(tmp_path / "one.jsonl", ["the only document there is"] * copies)
+    found = open_(with_(config, sources=(SourceConfig(path=str(path)),), held_out=0.9))
+    assert found.train[0].documents == copies and found.held_out[0].documents == 0
+    assert "nothing is held out" in caplog.text
+    # Beside another source, the other one's documents are held out.
+    both = open_(with_(config, sources=(*config.sources, SourceConfig(path=str(path))), held_out=0.3))
+    assert both.held_out[0].documents > 0 and both.held_out[1].documents == 0
+
+
 def test_reopened_without_tokenising(config: DataConfig, no_tokenising: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="tokenised again"):
         open_(config)
@@ -273,7 +285,7 @@ def test_tokenizer_sample_is_shared_by_weight(config: DataConfig, tmp_path: Path
     a = write(tmp_path / "x.jsonl", [f"aaaa{i}" for i in range(500)])
     b = write(tmp_path / "y.jsonl", [f"bbbb{i}" for i in range(500)])
     sources = (SourceConfig(path=str(a), weight=3.0), SourceConfig(path=str(b)))
-    texts = list(module._training_sample(sources, [0.75, 0.25], module._Split(0), 800 / 1e6))
+    texts = list(module._training_sample(sources, [0.75, 0.25], [module._Split(0)] * 2, 800 / 1e6))
     sizes = [sum(len(text) for text in texts if text.startswith(letter)) for letter in "ab"]
     assert sizes == [600, 200]
 

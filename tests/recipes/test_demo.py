@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_mlp.checkpoint import CheckpointError, load_model
-from llm_mlp.config import TrainConfig, load
+from llm_mlp.config import ConfigError, TrainConfig, load
 from llm_mlp.recipes import find, recipe_names
 from llm_mlp.recipes.demo import demo, next_command
 from llm_mlp.recipes.report import Figure, Series, write_report
@@ -138,3 +138,26 @@ def test_the_command_it_ends_with_works(tmp_path):
         shlex.split(command.removeprefix("next: ")), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert again.returncode == 0 and again.stdout.startswith("The old man"), again.stderr
+
+
+def test_what_cannot_be_is_said_before_anything_is_replaced(made):
+    before = (made / "results.jsonl").read_text()
+    for options, says in (
+        ({"overrides": ["badfield=1"]}, "badfield: unknown field"),
+        ({"steps": 0}, "steps: "),
+        ({"contexts": (0,)}, "expected numbers of at least 1"),
+        ({"overrides": ["data.held_out=0"]}, "held_out must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            demo(made, quiet=True, **options)
+    assert (made / "results.jsonl").read_text() == before
+
+
+def test_an_odd_folder_name(tmp_path):
+    out = tmp_path / "a: b #c"
+    assert demo(out, steps=1, contexts=(8,), overrides=SMALL, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a: b #c"] and (out / "report.html").is_file()
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        demo(file, steps=1)

@@ -266,3 +266,59 @@ def test_debug_checks_end_with_the_run(tmp_path, monkeypatch):
 def test_without_held_out_documents(tmp_path):
     result = run(tmp_path, "data.held_out=0", "steps=2")
     assert result.evaluations == [] and math.isnan(result.bits_per_byte)
+
+
+def test_resuming_a_finished_run(tmp_path):
+    """Nothing is trained; the result is the run's, and an export that is missing is made."""
+    first = run(tmp_path, "steps=3")
+    shutil.rmtree(tmp_path / "run/model")
+    again = run(tmp_path, "steps=3", resume=True)
+    assert again.tokens == 0 and again.steps == 3 and not again.interrupted
+    assert again.bits_per_byte == first.bits_per_byte and again.evaluations == first.evaluations
+    load_model(tmp_path / "run")
+
+
+def test_steps_that_are_repeated_are_recorded_once(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int, loss: float) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path, "checkpoint.every=3", on_step=kill)
+    run(tmp_path, "checkpoint.every=3", resume=True)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stop_after": 0}, "--stop-after 0: expected a step from 1 to steps = 6"),
+        ({"stop_after": 7}, "--stop-after 7: expected"),
+        ({"resume": True, "stop_after": 2}, "--stop-after 2: the run is already at step 2"),
+        ({"resume": True, "init_from": "x"}, "cannot be combined with --init-from"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, says):
+    run(tmp_path, stop_after=2)
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, out="run" if options.get("resume") else "new", **options)
+
+
+def test_training_state_that_was_edited(tmp_path):
+    run(tmp_path, stop_after=2)
+    path = tmp_path / "run/checkpoints/step-0000002/training.json"
+    facts = json.loads(path.read_text())
+    del facts["step"], facts["loader"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"training\.json: no loader, step"):
+        run(tmp_path, resume=True)
+
+
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on a CPU.*set compile: false"):
+        run(tmp_path, "compile=true", "device=cpu")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from train_cases import tiny
@@ -25,7 +27,7 @@ def test_a_sweep(tmp_path):
     for line in lines:
         assert line["kind"] == "sweep" and line["label"] == "here" and line["steps"] == 4
         assert {"device", "torch", "commit", "seed", "time", "held_out_loss", "bits_per_byte"} <= line.keys()
-    assert not (tmp_path / "run/sweep/config-0.01").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_interior():
@@ -42,6 +44,29 @@ def test_a_rate_that_fails_counts_as_infinite(tmp_path, monkeypatch):
     assert set(found.losses.values()) == {math.inf}
 
 
-def test_too_few_rates(tmp_path):
-    with pytest.raises(ConfigError, match="at least two rates"):
-        sweep(tiny(tmp_path), [], [0.1])
+def test_what_cannot_be_compared_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "train", None)
+    for config, models, rates, results, says in (
+        (tiny(tmp_path), [], [0.1], None, "at least two rates"),
+        (tiny(tmp_path), [], [0.1, 0.1], None, "at least two rates"),
+        (tiny(tmp_path), [], [0.1, float("nan")], None, r"optimizer\.lr: .*finite"),
+        (tiny(tmp_path), [], [0.1, -1.0], None, r"optimizer\.lr: "),
+        (tiny(tmp_path), ["demo", "nope"], [0.1, 0.2], None, "unknown preset 'nope'"),
+        (tiny(tmp_path, "data.held_out=0"), [], [0.1, 0.2], None, r"data\.held_out must be above 0"),
+        (tiny(tmp_path), [], [0.1, 0.2], tmp_path, "name a file for the results"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            sweep(config, models, rates, results=results)
+
+
+def test_an_interrupt_ends_the_sweep_and_leaves_nothing(tmp_path, monkeypatch):
+    seen = []
+
+    def interrupted(config, quiet):
+        seen.append(Path(config.out))
+        return SimpleNamespace(interrupted=True)
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny(tmp_path), [], [0.1, 0.2], quiet=True)
+    assert len(seen) == 1 and not seen[0].parent.parent.exists()
