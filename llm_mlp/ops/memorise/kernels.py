@@ -25,6 +25,12 @@ from llm_mlp.ops.tiles import narrow, product, product_onto
 
 QUERIES = 64  # a tile
 ROWS = 64
+# How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
+LAUNCH: dict[str, dict[str, int]] = {
+    "_read": {"num_warps": 4},
+    "_read_back": {"num_warps": 4},
+    "_rows_back": {"num_warps": 4},
+}
 
 
 @triton.jit
@@ -266,7 +272,7 @@ class _Kernels(torch.autograd.Function):
         norm = torch.empty((P, G), dtype=torch.float32, device=q.device)
         _read[(len(start), G, triton.cdiv(block, QUERIES))](
             q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, G, slots, width, R**-0.5,
-            WIDE=q.dtype == torch.float16 and not softmax, **sizes,
+            WIDE=q.dtype == torch.float16 and not softmax, **sizes, **LAUNCH["_read"],
         )  # fmt: skip
         ctx.save_for_backward(q, k, w, slot_k, slot_w, used, sink, start, length, y, norm)
         ctx.sizes, ctx.block = sizes, block
@@ -282,13 +288,13 @@ class _Kernels(torch.autograd.Function):
         dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
         _read_back[(len(start), G, tiles)](
             q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, dq, dot, dsink,
-            G, slots, width, R**-0.5, **sizes,
+            G, slots, width, R**-0.5, **sizes, **LAUNCH["_read_back"],
         )  # fmt: skip
         slot_dk = torch.empty(slot_k.shape, dtype=torch.float32, device=q.device)
         slot_dw = torch.empty(slot_w.shape, dtype=torch.float32, device=q.device)
         _rows_back[(len(start), G, triton.cdiv(slots, ROWS) + triton.cdiv(ctx.block, ROWS))](
             q, k, w, slot_k, slot_w, used, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
-            G, slots, width, R**-0.5, **sizes,
+            G, slots, width, R**-0.5, **sizes, **LAUNCH["_rows_back"],
         )  # fmt: skip
         dsink = dsink.sum((0, 2)).to(sink.dtype)
         return dq, dk, dw, slot_dk, slot_dw, None, dsink, None, None, None, None

@@ -32,6 +32,15 @@ from torch import Tensor
 from llm_mlp.ops.tiles import narrow, product, product_onto
 
 CHUNK = 64
+# How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
+LAUNCH: dict[str, dict[str, int]] = {
+    "_prepare": {"num_warps": 4},
+    "_scan": {"num_warps": 4},
+    "_read": {"num_warps": 4},
+    "_unread": {"num_warps": 4},
+    "_scan_back": {"num_warps": 4},
+    "_gradients": {"num_warps": 4},
+}
 RESET = -40.0  # decays below this count as resets (as in chunked: the square of float32's eps)
 
 
@@ -416,19 +425,19 @@ class _Kernels(torch.autograd.Function):
         resets = fresh(chunks, G, m, CHUNK, dtype=torch.int32)
         _prepare[(chunks, G)](
             k, e, log_decay, layout.start, layout.length, inverse, high, low, resets,
-            G, m, F=F, BF=BF, C=CHUNK, PRECISION=precision, FLOOR=RESET,
+            G, m, F=F, BF=BF, C=CHUNK, PRECISION=precision, FLOOR=RESET, **LAUNCH["_prepare"],
         )  # fmt: skip
         before = fresh(chunks, G, F, m, V, dtype=q.dtype)
         r, u = fresh(*w.shape), fresh(*w.shape)
         residual, after = fresh(*log_decay.shape), torch.empty_like(state)
         _scan[(N, G * m)](
             k, e, w, state, inverse, high, low, resets, layout.first, layout.start, layout.length,
-            before, r, u, after, residual, G, m, V, F=F, BV=BV, C=CHUNK, PRECISION=precision,
+            before, r, u, after, residual, G, m, V, F=F, BV=BV, C=CHUNK, PRECISION=precision, **LAUNCH["_scan"],
         )  # fmt: skip
         y = torch.empty_like(w)
         _read[(chunks, G)](
             q, k, u, before, high, low, resets, layout.start, layout.length, y,
-            G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision,
+            G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision, **LAUNCH["_read"],
         )  # fmt: skip
         ctx.save_for_backward(q, k, e, w, before, r, u, residual, inverse, high, low, resets)
         ctx.layout, ctx.sizes, ctx.precision = layout, (BF, BV), precision
@@ -445,18 +454,19 @@ class _Kernels(torch.autograd.Function):
         du, dr = torch.empty_like(u), torch.empty_like(u)
         _unread[(layout.chunks, G)](
             q, k, dy, u, dresidual, high, low, resets, layout.start, layout.length, du,
-            G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision,
+            G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision, **LAUNCH["_unread"],
         )  # fmt: skip
         _scan_back[(dafter.shape[0], G * m)](
             q, k, e, dy, dafter, inverse, high, low, resets, layout.first, layout.start, layout.length,
-            dafters, du, dr, dbefore, G, m, V, F=F, BV=BV, C=CHUNK, PRECISION=precision,
+            dafters, du, dr, dbefore, G, m, V, F=F, BV=BV, C=CHUNK, PRECISION=precision, **LAUNCH["_scan_back"],
         )  # fmt: skip
         dq, dk, de, ddecay = (torch.empty_like(x) for x in (q, k, e, dresidual))
         scratch = torch.empty((layout.chunks, G, 2, CHUNK, CHUNK), dtype=q.dtype, device=q.device)
         _gradients[(layout.chunks, G)](
             q, k, e, w, dy, r, u, du, dr, residual, dresidual, before, dafters,
             inverse, high, low, resets, layout.start, layout.length,
-            dq, dk, de, ddecay, scratch, G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision,
+            dq, dk, de, ddecay, scratch,
+            G, m, V, F=F, BF=BF, BV=BV, C=CHUNK, PRECISION=precision, **LAUNCH["_gradients"],
         )  # fmt: skip
         return dq, dk, de, dr.to(w.dtype), ddecay, dbefore, None
 
