@@ -34,6 +34,31 @@ LAUNCH: dict[str, dict[str, int]] = {
 
 
 @triton.jit
+def _tile(
+    t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
+    G, slots, width, R: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the ``t``-th tile of rows (the slots' tiles, then the block's own), their places in the slots
+    or in the block, and whether they hold a token."""
+    j, r, c = tl.arange(0, BK), tl.arange(0, R), tl.arange(0, BW)
+    if t < slot_tiles:
+        row = t * BK + j
+        base = (block * G + g) * slots
+        held = (row < slots) & (tl.load(used_ptr + base + row, mask=row < slots, other=0) != 0)
+        whole = held[:, None] & (c < width)[None, :]
+        k = tl.load(slot_k_ptr + base * R + (row[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+        w = tl.load(slot_w_ptr + base * width + (row[:, None] * width + c[None, :]), mask=whole, other=0.0)
+    else:
+        row = (t - slot_tiles) * BK + j
+        base = start * G + g
+        held = row < length
+        whole = held[:, None] & (c < width)[None, :]
+        k = tl.load(k_ptr + base * R + ((row * G)[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
+        w = tl.load(w_ptr + base * width + ((row * G)[:, None] * width + c[None, :]), mask=whole, other=0.0)
+    return k, w, row, held
+
+
+@triton.jit
 def _read(
     q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, sink_ptr, start_ptr, length_ptr,
     y_ptr, norm_ptr, G, slots, width, scale,
@@ -43,7 +68,7 @@ def _read(
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     if tile * BQ < length:
-        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
+        i = tile * BQ + tl.arange(0, BQ)
         r, c = tl.arange(0, R), tl.arange(0, BW)
         real, inside = i < length, c < width
         first, tokens = start * G + g, i * G
@@ -55,29 +80,11 @@ def _read(
         own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
         slot_tiles = (slots + BK - 1) // BK
         for t in range(0, slot_tiles + own_tiles):
-            if t < slot_tiles:
-                row = t * BK + j
-                held = row < slots
-                base, at = (block * G + g) * slots, row
-                held = held & (tl.load(used_ptr + base + at, mask=held, other=0) != 0)
-                k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-                w = tl.load(
-                    slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
-                    mask=held[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                seen = held[None, :] & real[:, None]
-            else:
-                row = (t - slot_tiles) * BK + j
-                held = row < length
-                base, at = start * G + g, row * G
-                k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-                w = tl.load(
-                    w_ptr + base * width + (at[:, None] * width + c[None, :]),
-                    mask=held[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                seen = (row[None, :] <= i[:, None]) & real[:, None]
+            k, w, row, held = _tile(
+                t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
+                G, slots, width, R, BW, BK,
+            )  # fmt: skip
+            seen = held[None, :] & real[:, None] & ((t < slot_tiles) | (row[None, :] <= i[:, None]))
             z = product(q, tl.trans(k), PRECISION) * scale
             if SOFTMAX:
                 higher = tl.maximum(top, tl.max(tl.where(seen, z, -float("inf")), 1))
@@ -116,7 +123,7 @@ def _read_back(
     if tile * BQ >= length:
         tl.store(dsink_ptr + partial, 0.0)
     else:
-        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BK)
+        i = tile * BQ + tl.arange(0, BQ)
         r, c = tl.arange(0, R), tl.arange(0, BW)
         real, inside = i < length, c < width
         first, tokens = start * G + g, i * G
@@ -134,29 +141,11 @@ def _read_back(
         own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
         slot_tiles = (slots + BK - 1) // BK
         for t in range(0, slot_tiles + own_tiles):
-            if t < slot_tiles:
-                row = t * BK + j
-                held = row < slots
-                base, at = (block * G + g) * slots, row
-                held = held & (tl.load(used_ptr + base + at, mask=held, other=0) != 0)
-                k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-                w = tl.load(
-                    slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
-                    mask=held[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                seen = held[None, :] & real[:, None]
-            else:
-                row = (t - slot_tiles) * BK + j
-                held = row < length
-                base, at = start * G + g, row * G
-                k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-                w = tl.load(
-                    w_ptr + base * width + (at[:, None] * width + c[None, :]),
-                    mask=held[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                seen = (row[None, :] <= i[:, None]) & real[:, None]
+            k, w, row, held = _tile(
+                t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
+                G, slots, width, R, BW, BK,
+            )  # fmt: skip
+            seen = held[None, :] & real[:, None] & ((t < slot_tiles) | (row[None, :] <= i[:, None]))
             z = product(q, tl.trans(k), PRECISION) * scale
             worth = product(dy, tl.trans(w), PRECISION)
             if SOFTMAX:
@@ -188,30 +177,14 @@ def _rows_back(
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     slot_tiles = (slots + BK - 1) // BK
-    j, r, c = tl.arange(0, BK), tl.arange(0, R), tl.arange(0, BW)
+    r, c = tl.arange(0, R), tl.arange(0, BW)
     inside = c < width
     is_slot = tile < slot_tiles
-    row = (tile if is_slot else tile - slot_tiles) * BK + j
-    if is_slot:
-        there = row < slots
-        base, at = (block * G + g) * slots, row
-        held = there & (tl.load(used_ptr + base + at, mask=there, other=0) != 0)
-        k = tl.load(slot_k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-        w = tl.load(
-            slot_w_ptr + base * width + (at[:, None] * width + c[None, :]),
-            mask=held[:, None] & inside[None, :],
-            other=0.0,
-        )
-        begin = 0
-    else:
-        there = row < length
-        held = there
-        base, at = start * G + g, row * G
-        k = tl.load(k_ptr + base * R + (at[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-        w = tl.load(
-            w_ptr + base * width + (at[:, None] * width + c[None, :]), mask=held[:, None] & inside[None, :], other=0.0
-        )
-        begin = (tile - slot_tiles) * BK // BQ
+    k, w, row, held = _tile(
+        tile, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
+        G, slots, width, R, BW, BK,
+    )  # fmt: skip
+    begin = 0 if is_slot else (tile - slot_tiles) * BK // BQ
     dk, dw = tl.zeros((BK, R), tl.float32), tl.zeros((BK, BW), tl.float32)
     for t in range(begin, (length + BQ - 1) // BQ):
         i = t * BQ + tl.arange(0, BQ)
@@ -238,19 +211,21 @@ def _rows_back(
         dk = product_onto(dk, narrow(dz, q.dtype), q, PRECISION)
         dw = product_onto(dw, narrow(p, dy.dtype), dy, PRECISION)
     dk = dk * scale
-    if is_slot:
-        tl.store(slot_dk_ptr + base * R + (at[:, None] * R + r[None, :]), dk, mask=there[:, None])
+    if is_slot:  # rows that are not used get zeros
+        there, base = row < slots, (block * G + g) * slots
+        tl.store(slot_dk_ptr + base * R + (row[:, None] * R + r[None, :]), dk, mask=there[:, None])
         tl.store(
-            slot_dw_ptr + base * width + (at[:, None] * width + c[None, :]), dw, mask=there[:, None] & inside[None, :]
+            slot_dw_ptr + base * width + (row[:, None] * width + c[None, :]), dw, mask=there[:, None] & inside[None, :]
         )
     else:
+        base, at = start * G + g, row * G
         tl.store(
-            dk_ptr + base * R + (at[:, None] * R + r[None, :]), narrow(dk, dk_ptr.dtype.element_ty), mask=there[:, None]
+            dk_ptr + base * R + (at[:, None] * R + r[None, :]), narrow(dk, dk_ptr.dtype.element_ty), mask=held[:, None]
         )
         tl.store(
             dw_ptr + base * width + (at[:, None] * width + c[None, :]),
             narrow(dw, dw_ptr.dtype.element_ty),
-            mask=there[:, None] & inside[None, :],
+            mask=held[:, None] & inside[None, :],
         )
 
 
