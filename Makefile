@@ -33,4 +33,4 @@ check: .venv/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv

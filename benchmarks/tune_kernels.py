@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from triton.errors import TritonError
 
 from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs
 from llm_mlp.bench.record import record
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", default="benchmarks/results/kernels.jsonl")
     args = parser.parse_args()
+    if unknown := set(args.ops) - {"perceive", "memorise"}:
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; known: perceive, memorise")
     torch.set_float32_matmul_precision("high")  # the yardstick may use TF32 where the kernels do
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that uninitialised memory is poisoned
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -127,10 +130,14 @@ def main() -> None:
                     row["failures"] = [f for c in checkers for f in c.failures()]
                     if not row["failures"]:
                         row["ms"] = kernel_times(op, big, args.repeats).get(kernel)
-                except RuntimeError as error:  # too much shared memory, a compiler's failure
-                    row["failures"] = [str(error).splitlines()[0][:200]]
+                except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure
+                    row["failures"] = [(str(error).splitlines() or [type(error).__name__])[0][:200]]
+                    if "illegal memory access" in str(error):
+                        raise  # the device is lost to this process: every later row would fail too
                 record(args.results, "kernel-launch", row, device=DEVICE, seed=1)
-                verdict = "; ".join(row["failures"])[:150] or f"{row['ms']:.3f} ms"
+                ms = row.get("ms")
+                time = "not seen by the profiler" if ms is None else f"{ms:.3f} ms"
+                verdict = "; ".join(row["failures"])[:150] or time
                 print(f"{op}.{kernel:12} warps {warps} stages {stages}: {verdict}", flush=True)
             table[kernel] = before
 

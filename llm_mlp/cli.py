@@ -433,7 +433,8 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except (ValueError, RuntimeError) as error:
-        # DataError, TokenizerError, CheckpointError, TrainingError; anything else is a bug and keeps its traceback.
+        # DataError, TokenizerError, CheckpointError, TrainingError, and the ValueErrors of bad arguments. Other kinds
+        # of errors are bugs and keep their traceback.
         if type(error).__module__.startswith("llm_mlp.") or type(error) is ValueError:
             _fail(error)
         raise

@@ -23,9 +23,8 @@ from llm_mlp.bench.record import device_name, record
 from llm_mlp.bench.speed import setup, timed
 from llm_mlp.config import ConfigError
 from llm_mlp.ops import memorise, perceive
+from llm_mlp.ops.perceive.chunked import CHUNK
 from llm_mlp.precision import DTYPES
-
-CHUNK = 64
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class AttentionMixer(Mixer):
         if longest > state["keys"].shape[2]:
             # Room for twice as much, so that a token costs a constant share of the copying.
             room = 2 * longest - state["keys"].shape[2]
-            with torch.inference_mode(False):  # the state outlives this step
+            with torch.inference_mode(False), torch.no_grad():  # the state outlives this step
                 for name in ("keys", "values"):
                     state[name] = F.pad(state[name], (0, 0, 0, room))
         q, k, v = self._rotated(x[:, None], length[:, None])

@@ -6,10 +6,12 @@ Both are trained on equal data with equal steps, measured, and shown side by sid
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from llm_mlp.bench.record import device_name, record
 from llm_mlp.bench.speed import time_decoding
 from llm_mlp.checkpoint import CheckpointError, load_model, write_json
 from llm_mlp.config import ConfigError, TrainConfig, load
+from llm_mlp.device import pick_device
 from llm_mlp.infer import Sampling, generate
 from llm_mlp.models import model_cost
 from llm_mlp.presets import TWIN
@@ -79,20 +82,27 @@ def demo(
     configs = {name: _config(preset, out, name, overrides, steps) for name, preset in PRESETS.items()}
     if not contexts or min(contexts) < 1:
         raise ConfigError(f"contexts {list(contexts)}: expected numbers of at least 1")
-    _fresh(out)
+    with _replacing(out):
+        return _demo(out, configs, contexts, as_shipped=not overrides and steps is None, quiet=quiet)
+
+
+def _demo(
+    out: Path, configs: dict[str, TrainConfig], contexts: Sequence[int], *, as_shipped: bool, quiet: bool
+) -> bool:
     models = []
     for name, config in configs.items():
         result = train(config, quiet=quiet)
         if result.interrupted:
             return False
         models.append(_Model(name, config, result, {}))
+    device = pick_device(configs["perception"].device)
     console = Console()
     jobs = [(model, context) for model in models for context in contexts]
     for model, context in track(jobs, "timing the decoding", console=Console(stderr=True), disable=quiet):
-        lm, _ = load_model(model.config.out)
+        lm, _ = load_model(model.config.out, device=device)
         model.decoding[context] = time_decoding(lm, context, steps=20)
     samples = _samples(models[0])
-    _write(out, models, contexts, samples)
+    _write(out, models, contexts, samples, device, as_shipped)
     console.print(_table(models, contexts))
     console.print(f"\nreport: {out / 'report.html'}   samples: {out / 'samples.txt'}", soft_wrap=True, highlight=False)
     print(f"next: {next_command(out)}", flush=True)
@@ -101,6 +111,9 @@ def demo(
 
 def _config(preset: str, out: Path, name: str, overrides: Sequence[str], steps: int | None) -> TrainConfig:
     """The recipe with this preset, in ``out``; everything is checked before anything is written."""
+    for item in overrides:
+        if item.partition("=")[0] in ("out", "model", "data.cache_dir"):
+            raise ConfigError(f"override {item!r}: the demo sets this itself (--out names its folder)")
     places = [f"out={json.dumps(str(out / name))}", f"data.cache_dir={json.dumps(str(out / 'data'))}"]
     more = [] if steps is None else [f"steps={steps}"]
     config = load(TrainConfig, find("demo"), [f"model={preset}", *places, *overrides, *more])
@@ -120,15 +133,26 @@ def next_command(out: Path) -> str:
     return f"{shlex.quote(program)} generate --model {shlex.quote(str(out / 'perception'))} --prompt 'The old man'"
 
 
-def _fresh(out: Path) -> None:
+@contextmanager
+def _replacing(out: Path) -> Iterator[None]:
+    """An empty ``out``; an earlier demo there comes back if what follows fails or is interrupted before its report."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out}: not a folder; choose another --out")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARKER).is_file():
             raise CheckpointError(f"{out}: not empty, and not an earlier demo; choose another --out")
-        shutil.rmtree(out)
+    earlier = out.with_name(f".{out.name}.{os.getpid()}.earlier")
+    if out.exists() and any(out.iterdir()):
+        out.rename(earlier)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _MARKER, {"format_version": 1, "what": "a folder of `llm-mlp demo`, which replaces it"})
+    try:
+        yield
+    finally:
+        if earlier.exists() and not (out / "report.html").is_file():
+            shutil.rmtree(out)
+            earlier.rename(out)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _samples(model: _Model) -> list[tuple[str, str]]:
@@ -175,7 +199,14 @@ def _table(models: list[_Model], contexts: Sequence[int]) -> Table:
     return table
 
 
-def _write(out: Path, models: list[_Model], contexts: Sequence[int], samples: list[tuple[str, str]]) -> None:
+def _write(
+    out: Path,
+    models: list[_Model],
+    contexts: Sequence[int],
+    samples: list[tuple[str, str]],
+    device: torch.device,
+    as_shipped: bool,
+) -> None:
     for m in models:
         facts: dict[str, Any] = {
             "model": m.name,
@@ -188,7 +219,7 @@ def _write(out: Path, models: list[_Model], contexts: Sequence[int], samples: li
             "tokens_per_second": m.result.tokens_per_second,
             "decoding": {str(c): m.decoding[c] for c in contexts},
         }
-        record(out / "results.jsonl", "demo", facts, device="cpu", seed=m.config.seed)
+        record(out / "results.jsonl", "demo", facts, device=device, seed=m.config.seed)
     (out / "samples.txt").write_text(
         "\n\n".join(f"--- prompt: {prompt!r}\n{prompt}{text}" for prompt, text in samples) + "\n", encoding="utf8"
     )
@@ -222,8 +253,9 @@ def _write(out: Path, models: list[_Model], contexts: Sequence[int], samples: li
     steps, config = models[0].result.steps, models[0].config
     intro = (
         f"A model of perception heads and a transformer of equal size, trained for {steps} steps of "
-        f"{config.batch_size * config.data.seq_len:,} tokens on {device_name('cpu')}, torch {torch.__version__}. "
-        "Rates come from one sweep for both (benchmarks/results/demo.jsonl). A run this short says how the machinery "
+        f"{config.batch_size * config.data.seq_len:,} tokens on {device_name(device)}, torch {torch.__version__}. "
+        + ("The learning rates come from one sweep for both. " if as_shipped else "")
+        + "A run this short says how the machinery "
         "works, not how good the models can be."
     )
     write_report(out / "report.html", "llm-mlp demo", intro, _rows(models, contexts), figures, samples)

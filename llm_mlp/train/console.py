@@ -41,10 +41,9 @@ class Console:
     def __enter__(self) -> Console:
         path = self.run / "metrics.jsonl"
         if path.is_file():  # steps after the checkpoint will be recorded again
-            lines = path.read_text(encoding="utf8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self._start]
+            kept = [line for line in read_metrics(self.run) if line["step"] <= self._start]
             temporary = path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(kept), encoding="utf8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf8")
             temporary.replace(path)
         self._file = path.open("a", encoding="utf8")
         # TensorBoard's writer brings much with it; imported where it is used.
@@ -85,6 +84,17 @@ class Console:
     def say(self, line: str) -> None:
         if not self.quiet:
             self.bar.console.print(line, highlight=False)
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; one that a killed process left half written is left out."""
+    lines = []
+    for number, text in enumerate((Path(run) / "metrics.jsonl").read_text(encoding="utf8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            log.warning("%s/metrics.jsonl:%d: half written; left out", run, number)
+    return lines
 
 
 def _stderr() -> Any:

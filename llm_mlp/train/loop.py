@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from llm_mlp.models import LM, build_model
 from llm_mlp.ops import debug_checks
 from llm_mlp.precision import Precision
 from llm_mlp.train import snapshot
-from llm_mlp.train.console import Console
+from llm_mlp.train.console import Console, read_metrics
 from llm_mlp.train.optim import make_optimizers, set_rate
 from llm_mlp.train.schedule import rate_factor
 
@@ -360,9 +359,3 @@ class _Run:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    path = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line]

@@ -17,7 +17,7 @@ from train_cases import run, tiny
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
 from llm_mlp.config import ConfigError
 from llm_mlp.train import TrainingError, loop, snapshot
-from llm_mlp.train.loop import read_metrics
+from llm_mlp.train.console import read_metrics
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

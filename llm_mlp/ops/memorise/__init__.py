@@ -147,6 +147,8 @@ def _not_served(R: int, m: int, V: int, dtype: torch.dtype) -> str | None:
         return f"R = {R} (powers of two from 16 to 256 are)"
     if not 1 <= m * V <= 256:
         return f"m = {m} heads of V = {V} (m * V up to 256 is)"
+    if (2 * R + m * V) * dtype.itemsize > 1536:
+        return f"R = {R}, m * V = {m * V} in {dtype} (2 R + m V up to {1536 // dtype.itemsize} is: its tiles on chip)"
     return None
 
 

@@ -36,11 +36,11 @@ class Pool(NamedTuple):
         piece = (place - self.base).clamp(min=0)
         # A place that is not used may lie behind the last row.
         row = (self.start[piece // self.block] + piece % self.block).clamp(max=self.rows.shape[0] - 1)
-        taken = self.gather(self.rows, row, used)
         if self.carried is None:
-            return taken
+            return self.gather(self.rows, row, used)
         kept = used & (place < self.base)
-        return torch.where(kept[..., None], self.gather(self.carried, place.clamp(max=self.base - 1), kept), taken)
+        carried = self.gather(self.carried, place.clamp(max=self.base - 1), kept)
+        return carried + self.gather(self.rows, row, used & ~kept)  # one of them is zero
 
 
 class Chosen(NamedTuple):
@@ -154,8 +154,10 @@ def _differences(bounds: list[int], device: torch.device) -> Tensor:
 
 
 def only_length(units: Units, T: int, bounds: list[int] | None) -> Units:
-    """Only the length moves on (no block, or no tokens)."""
-    return units._replace(length=units.length + (T if bounds is None else _differences(bounds, units.length.device)))
+    """Only the length moves on (no block, or no tokens); never the caller's own tensors."""
+    return Units(*(x.clone() for x in units))._replace(
+        length=units.length + (T if bounds is None else _differences(bounds, units.length.device))
+    )
 
 
 def is_fresh(units: Units, block: int) -> bool:
@@ -163,18 +165,35 @@ def is_fresh(units: Units, block: int) -> bool:
     return not units.length.is_cuda and not bool((units.length % max(block, 1)).any())
 
 
-def _pools(
-    k: Tensor, w: Tensor, units: Units, layout: Pieces, block: int, slots: int, fresh: bool, empty: bool
+def pools(
+    k: Tensor,
+    w: Tensor,
+    units: Units,
+    rows: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    block: int,
+    slots: int,
+    empty: bool,
+    gather: Callable[[Tensor, Tensor, Tensor], Tensor] = take_rows,
 ) -> tuple[Pool, Pool]:
-    """Keys and values laid out in blocks; ``empty``: no slot is carried."""
-    start = torch.arange(layout.count, device=k.device) * block
+    """Keys and values; ``rows(tokens, carried)`` lays them out, ``empty``: no slot is carried."""
 
     def pool(x: Tensor, carried: Tensor) -> Pool:
-        rows = layout.split(x, lead_rows(carried, slots, fresh)).flatten(0, 1)
         held = None if empty or not slots else carried[:, :, :slots].transpose(1, 2).flatten(0, 1)
-        return Pool(rows, start, held, carried.shape[0] * slots, block)
+        return Pool(rows(x, carried), start, held, carried.shape[0] * slots, block, gather)
 
     return pool(k, units.keys), pool(w.flatten(3), units.values.flatten(3))
+
+
+def _laid_out(
+    k: Tensor, w: Tensor, units: Units, layout: Pieces, block: int, slots: int, fresh: bool, empty: bool
+) -> tuple[Pool, Pool]:
+    """The pools of rows laid out in blocks."""
+
+    def rows(x: Tensor, carried: Tensor) -> Tensor:
+        return layout.split(x, lead_rows(carried, slots, fresh)).flatten(0, 1)
+
+    return pools(k, w, units, rows, torch.arange(layout.count, device=k.device) * block, block, slots, empty)
 
 
 def units_select(
@@ -185,8 +204,8 @@ def units_select(
         return only_length(units, k.shape[1], bounds)
     fresh = is_fresh(units, block)
     chosen = choose(score, units, block, slots, bounds, fresh)
-    pools = _pools(k, w, units, chosen.layout, block, slots, fresh, False)
-    return chosen.units(*pools, w.shape[-2:])
+    keys, values = _laid_out(k, w, units, chosen.layout, block, slots, fresh, False)
+    return chosen.units(keys, values, w.shape[-2:])
 
 
 def memorise(
@@ -207,7 +226,7 @@ def memorise(
         return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
     fresh = empty or is_fresh(units, block)
     chosen = choose(score, units, block, slots, bounds, fresh)
-    keys, values = _pools(k, w, units, chosen.layout, block, slots, fresh, empty)
+    keys, values = _laid_out(k, w, units, chosen.layout, block, slots, fresh, empty)
     q = chosen.layout.split(q).transpose(1, 2)  # [b, G, block, R]
     sink = sink.to(accumulation_dtype(q, k, w)).view(1, -1, 1, 1)
     b, G = q.shape[:2]

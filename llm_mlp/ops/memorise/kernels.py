@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llm_mlp.ops.layout import Pieces
-from llm_mlp.ops.memorise.chunked import Pool, choose, is_fresh, lead_rows, only_length
+from llm_mlp.ops.memorise.chunked import choose, is_fresh, lead_rows, only_length, pools
 from llm_mlp.ops.memorise.units import Units
 from llm_mlp.ops.tiles import narrow, product, product_onto
 
@@ -254,6 +255,7 @@ class _Kernels(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         q, k, w, slot_k, slot_w, used, sink, start, length, y, norm = ctx.saved_tensors
         (_, G, R), width, slots, sizes = q.shape, w.shape[-1], slot_k.shape[2], ctx.sizes
@@ -289,11 +291,14 @@ class _Gather(torch.autograd.Function):
         return torch.where(used[..., None], rows[row, group], 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d):
         row, used = ctx.saved_tensors
         P, G, _ = ctx.shape
         out = torch.zeros(ctx.shape, dtype=torch.float32, device=d.device)
         group = torch.arange(G, device=d.device)[:, None].expand_as(row)
+        # Rows that are not used add zero; all of them at one place would be a long queue there.
+        row = torch.where(used, row, torch.arange(row.numel(), device=d.device).view_as(row) % P)
         # index_put_ with accumulate sorts by place: deterministic, in order of position.
         out.index_put_((row, group), torch.where(used[..., None], d, 0).float(), accumulate=True)
         return out.to(ctx.dtype), None, None
@@ -334,19 +339,15 @@ def memorise(
         start = torch.arange(layout.count, device=q.device) * block
         length = torch.full_like(start, block, dtype=torch.int32)
 
-    def rows(x: Tensor, carried: Tensor | None) -> Tensor:
+    def rows(x: Tensor, carried: Tensor | None = None) -> Tensor:
         if fresh:
             return x.flatten(0, 1).contiguous()
         lead = None if carried is None else lead_rows(carried, slots, fresh)
         return layout.split(x, lead).flatten(0, 1).contiguous()
 
-    def pool(x: Tensor, carried: Tensor) -> Pool:
-        held = None if empty or not slots else carried[:, :, :slots].transpose(1, 2).flatten(0, 1)
-        return Pool(rows(x, carried), start, held, carried.shape[0] * slots, block, _Gather.apply)
-
-    keys, values = pool(k, units.keys), pool(w.flatten(3), units.values.flatten(3))
+    keys, values = pools(k, w, units, rows, start, block, slots, empty, _Gather.apply)
     y = _Kernels.apply(
-        rows(q, None),
+        rows(q),
         keys.rows,
         values.rows,
         keys.take(chosen.seen, chosen.used).contiguous(),

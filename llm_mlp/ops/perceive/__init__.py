@@ -45,7 +45,7 @@ def perceive(
 
     Returns:
         ``(y, state)`` or ``(y, state, residual)``: y ``[B, T, G, m, V]`` in w's dtype; the state after the last
-        token and the residual ``[B, T, G, m]`` in float64 if the inputs are, else float32. All differentiable.
+        token and the residual ``[B, T, G, m]`` in float64 if the inputs are, else float32. All differentiable, once.
 
     Raises:
         ValueError: shapes, dtypes, cu_seqlens or backend that do not fit.
@@ -63,7 +63,7 @@ def perceive(
         state = q.new_zeros((N, G, F, m, V), dtype=dtype)
     else:
         expect("perceive", "state", state, (N, G, F, m, V))
-        state = state.to(dtype)
+        state = state.to(dtype) if T else state.to(dtype, copy=True)  # never the caller's own tensor
     check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
     not_served = _not_served(F, m, V, q.dtype) if backend == "triton" else None
     kind = choose("perceive", backend, q.device, not_served)
@@ -156,10 +156,14 @@ def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
     """What the Triton kernels do not serve of these sizes; None if they serve them."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {dtype} (bfloat16, float16 and float32 are)"
-    if F & (F - 1) or not 16 <= F <= 1024:
-        return f"F = {F} (powers of two from 16 to 1,024 are)"
+    if F & (F - 1) or not 16 <= F <= 512 * 2 // dtype.itemsize:
+        return (
+            f"F = {F} in {dtype} (powers of two from 16 to 512 are, to 256 in float32: three tiles of a chunk on chip)"
+        )
     if not 1 <= m * V <= 256:
         return f"m = {m} heads of V = {V} (m * V up to 256 is)"
+    if F * V > 2**14:
+        return f"F = {F} with V = {V} (F * V up to {2**14:,} is: a head's state in registers)"
     return None
 
 

@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llm_mlp.ops.layout import Pieces, pieces
 
 CHUNK = 64
+RESET = -40.0  # a float32 log decay below this (the square of its eps) counts as a reset; twice this for float64
 # Numbers of Gamma in a tile: on a CPU it should stay in the caches; on a GPU every chunk at once fills the chip.
 _TILE_NUMBERS = {"cpu": 2**19}
 
@@ -57,7 +59,7 @@ class _Gates(NamedTuple):
 
 def _resets(log_decay: Tensor) -> Tensor:
     """Decays too small to matter (below the square of the dtype's eps, so also -inf), which count as resets."""
-    return log_decay < (-80.0 if log_decay.dtype == torch.float64 else -40.0)
+    return log_decay < (2 * RESET if log_decay.dtype == torch.float64 else RESET)
 
 
 def _gates(log_decay: Tensor) -> _Gates:
@@ -140,7 +142,14 @@ class _Chunked(torch.autograd.Function):
         return y, S, residual
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dS, dresidual):
+        # A backward pass inside autocast would round the products that must not be rounded.
+        with torch.autocast(dy.device.type, enabled=False):
+            return _Chunked._backward(ctx, dy, dS, dresidual)
+
+    @staticmethod
+    def _backward(ctx, dy, dS, dresidual):
         q, k, e, w, log_decay, before, y, residual = ctx.saved_tensors
         dtype, wide = q.dtype, y.dtype
         m, V = w.shape[2], w.shape[4]

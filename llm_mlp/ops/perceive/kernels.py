@@ -28,10 +28,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from llm_mlp.ops.perceive.chunked import CHUNK, RESET
 from llm_mlp.ops.tiles import narrow, product, product_onto
 
-CHUNK = 64
 # How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
 LAUNCH: dict[str, dict[str, int]] = {
     "_prepare": {"num_warps": 4},
@@ -41,7 +42,6 @@ LAUNCH: dict[str, dict[str, int]] = {
     "_scan_back": {"num_warps": 4},
     "_gradients": {"num_warps": 4},
 }
-RESET = -40.0  # decays below this count as resets (as in chunked: the square of float32's eps)
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
@@ -401,6 +401,11 @@ def _lay_out(starts: list[int], lengths: list[int], device: torch.device) -> _La
 
 
 @lru_cache(maxsize=64)
+def _packed(bounds: tuple[int, ...], device: torch.device) -> _Layout:
+    return _lay_out(list(bounds[:-1]), [b - a for a, b in zip(bounds, bounds[1:], strict=False)], device)
+
+
+@lru_cache(maxsize=64)
 def _dense(B: int, T: int, device: torch.device) -> _Layout:
     return _lay_out([b * T for b in range(B)], [T] * B, device)
 
@@ -444,6 +449,7 @@ class _Kernels(torch.autograd.Function):
         return y, after, residual
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dafter, dresidual):
         q, k, e, w, before, r, u, residual, inverse, high, low, resets = ctx.saved_tensors
         layout, (BF, BV), precision = ctx.layout, ctx.sizes, ctx.precision
@@ -481,6 +487,6 @@ def perceive(
     if bounds is None:
         layout = _dense(B, T, q.device)
     else:
-        layout = _lay_out(bounds[:-1], [b - a for a, b in zip(bounds, bounds[1:], strict=False)], q.device)
+        layout = _packed(tuple(bounds), q.device)
     inputs = (x.contiguous() for x in (q, k, e, w, log_decay, state))
     return _Kernels.apply(*inputs, layout)
