@@ -188,6 +188,7 @@ def test_bench_op(call, tmp_path, op):
         (["generate", "--model", "nowhere"], "nowhere: no such folder"),
         (["sweep", "demo", "--rates", "a,b"], "--rates 'a,b': expected numbers"),
         (["bench", "train", "--lengths", "x"], "'x': expected whole numbers"),
+        (["bench", "op", "perceive", "--implementations", "magic"], "unknown implementation 'magic'; known: triton,"),
         (["bench", "train", "--lengths", "0"], "'0': expected numbers of at least 1"),
         (["bench", "train", "--precision", "fp8"], "--precision 'fp8': expected fp32, bf16 or fp16"),
         (["bench", "train", "--preset", "demo-transformer"], "name demo; its twin runs beside it"),

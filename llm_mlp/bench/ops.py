@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,8 @@ from llm_mlp.config import ConfigError
 from llm_mlp.ops import memorise, perceive
 from llm_mlp.ops.perceive.chunked import CHUNK
 from llm_mlp.precision import DTYPES
+
+IMPLEMENTATIONS = ("triton", "chunked", "reference", "sdpa-cudnn", "sdpa-flash", "sdpa-math", "fla")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Work:
 def work(op: str, s: Shape, size: int, backward: bool) -> Work:
     """``size``: bytes of a number. The backward pass reads all inputs and dy and writes all gradients."""
     G, Fe, mV, m = s.groups, s.features, s.values, s.heads
+    if op == "gated delta rule":  # perceive of one head a group, 128 x 128
+        return work(
+            "perceive", replace(s, groups=_peer_heads(s), features=128, heads=1, value_width=128), size, backward
+        )
     if op == "perceive":
         inputs, outputs = G * ((3 * Fe + mV) * size + 4 * m), G * (mV * size + 4 * m)
         flops = G * (4 * CHUNK * Fe + 6 * Fe * mV + 4 * CHUNK * mV)
@@ -104,12 +110,18 @@ def memorise_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[
     return [q, k, w, score, torch.zeros(s.groups, device=device)]
 
 
+def _peer_heads(s: Shape) -> int:
+    """Heads of 128 with as many value channels."""
+    heads = s.groups * s.values // 128
+    if not heads or heads * 128 != s.groups * s.values:
+        raise ConfigError("the peers need groups * heads * value width to be a multiple of 128")
+    return heads
+
+
 def _attention(
     s: Shape, backend: SDPBackend, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable, list[Tensor]]:
-    heads = s.groups * s.values // 128
-    if heads * 128 != s.groups * s.values:
-        raise ConfigError("the attention peers need groups * heads * value width to be a multiple of 128")
+    heads = _peer_heads(s)
     inputs = [_normal(s.batch, heads, s.length, 128, dtype=dtype, device=device) for _ in range(3)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +135,7 @@ def _gated_delta_rule(s: Shape, dtype: torch.dtype, device: torch.device) -> tup
     """flash-linear-attention's gated delta rule: as many heads of 128x128 as there are value channels for."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
-    heads = s.groups * s.values // 128
+    heads = _peer_heads(s)
     shape = (s.batch, s.length, heads)
     q, k = (F.normalize(_normal(*shape, 128, dtype=torch.float32, device=device), dim=-1).to(dtype) for _ in range(2))
     v = _normal(*shape, 128, dtype=dtype, device=device)
@@ -143,18 +155,16 @@ def _implementations(op: str, s: Shape, names: list[str], dtype: torch.dtype, de
         elif name in ("sdpa-cudnn", "sdpa-flash", "sdpa-math"):
             kind = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "math": "MATH"}[name.removeprefix("sdpa-")]
             yield name, "attention", *_attention(s, getattr(SDPBackend, kind), dtype, device)
-        elif name == "fla":
-            yield name, "perceive", *_gated_delta_rule(s, dtype, device)
         else:
-            raise ConfigError(f"unknown implementation {name!r}; known: triton, chunked, reference, sdpa-cudnn, "
-                              "sdpa-flash, sdpa-math, fla")  # fmt: skip
+            yield name, "gated delta rule", *_gated_delta_rule(s, dtype, device)
 
 
-def default_implementations(device: torch.device) -> list[str]:
+def default_implementations(op: str, device: torch.device) -> list[str]:
+    """What can run here: on a GPU also the peers."""
     if device.type == "cpu":
         return ["chunked"]
     peers = ["triton", "chunked", "sdpa-cudnn", "sdpa-flash"]
-    return peers + (["fla"] if find_spec("fla") else [])
+    return peers + (["fla"] if op == "perceive" and find_spec("fla") else [])
 
 
 def _first(out: Any) -> Tensor:
@@ -218,20 +228,25 @@ def bench_ops(
     if dtype not in kinds:
         raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(kinds)}")
     on = setup(device, threads)
+    names = names or default_implementations(op, on)
+    if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
+        raise ConfigError(f"unknown implementation {unknown[0]!r}; known: {', '.join(IMPLEMENTATIONS)}")
     copy, product = ceilings(on, kinds[dtype])
     facts: dict[str, Any] = {"op": op, "dtype": dtype, "copy_bytes_per_second": copy, "flops_per_second": product}
     yield {"implementation": "ceilings", "device": device_name(on), **facts}
     for length in lengths:
         s = Shape(batch=max(1, tokens // length), length=length, **sizes)
-        for name, kind, run, inputs in _implementations(op, s, names or default_implementations(on), kinds[dtype], on):
+        for name, kind, run, inputs in _implementations(op, s, names, kinds[dtype], on):
             for backward in (False, True):
                 row = {**facts, "implementation": name, **vars(s), "backward": backward}
                 need = work(kind, s, kinds[dtype].itemsize, backward)
                 floor = max(need.bytes / copy, need.flops / product)
                 try:
                     seconds = _seconds(run, inputs, backward, repeats, on)
-                except (RuntimeError, ValueError) as error:  # a peer refuses a shape, or memory ran out: say so, go on
-                    row |= {"seconds": None, "error": str(error).splitlines()[0][:200]}
+                except Exception as error:  # a peer refuses a shape, memory runs out, a kernel does not fit: go on
+                    row |= {"seconds": None, "error": (str(error).splitlines() or [type(error).__name__])[0][:200]}
+                    if "illegal memory access" in str(error):
+                        raise  # the device is lost to this process: every later row would fail too
                 else:
                     row |= {"seconds": seconds, "bytes": need.bytes, "flops": need.flops, "floor_seconds": floor}
                     row |= {"share_of_roofline": floor / seconds}

@@ -138,11 +138,10 @@ def _replacing(out: Path) -> Iterator[None]:
     """An empty ``out``; an earlier demo there comes back if what follows fails or is interrupted before its report."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out}: not a folder; choose another --out")
+    earlier = out.with_name(f".{out.name}.{os.getpid()}.earlier")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARKER).is_file():
             raise CheckpointError(f"{out}: not empty, and not an earlier demo; choose another --out")
-    earlier = out.with_name(f".{out.name}.{os.getpid()}.earlier")
-    if out.exists() and any(out.iterdir()):
         out.rename(earlier)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _MARKER, {"format_version": 1, "what": "a folder of `llm-mlp demo`, which replaces it"})

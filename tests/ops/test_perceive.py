@@ -181,6 +181,24 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(lambda *x: full(*x, backend=backend, cu_seqlens=cu), leaves)
 
 
+def test_gradients_of_gradients_are_refused():
+    """The backward pass is written out, for one differentiation; a second one must not be silently wrong."""
+    inputs = [x.requires_grad_() for x in perceive_inputs(1, 5, 1, 4, 2, 2)]
+    (grad,) = torch.autograd.grad(perceive(*inputs)[0].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_backward_inside_autocast_is_not_rounded():
+    inputs = [x.requires_grad_() for x in perceive_inputs(1, 70, 1, 16, 2, 4, dtype=torch.float32)]
+    loss = perceive(*inputs)[0].square().sum()
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, inputs)
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_gradients_with_resets_are_finite():
     """A decay of -inf has gradient 0, and no NaN spreads from it."""
     inputs = [*perceive_inputs(2, 70, 1, 4, 2, 2, decay="mixed"), perceive_state(2, 1, 4, 2, 2)]

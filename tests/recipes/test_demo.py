@@ -147,9 +147,12 @@ def test_what_cannot_be_is_said_before_anything_is_replaced(made):
         ({"steps": 0}, "steps: "),
         ({"contexts": (0,)}, "expected numbers of at least 1"),
         ({"overrides": ["data.held_out=0"]}, "held_out must be above 0"),
+        ({"overrides": ["out=elsewhere"]}, "the demo sets this itself"),
+        ({"overrides": ["device=cuda:9"]}, "device 'cuda:9' cannot be used"),  # found out by training itself
     ):
         with pytest.raises(ConfigError, match=says):
             demo(made, quiet=True, **options)
+    assert [p.name for p in made.parent.iterdir()] == [made.name]
     assert (made / "results.jsonl").read_text() == before
 
 

@@ -288,6 +288,8 @@ def test_steps_that_are_repeated_are_recorded_once(tmp_path):
 
     with pytest.raises(Killed):
         run(tmp_path, "checkpoint.every=3", on_step=kill)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
     run(tmp_path, "checkpoint.every=3", resume=True)
     steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
