@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that need not be there, and show what the compiler made of it.
 
-    python benchmarks/compile_kernels.py [--features 128] [--value-width 32] [--capability 90] [--warps 4,8]
+    python benchmarks/compile_kernels.py [--features 128] [--value-width 32] [--warps 4,8] [--stages 1]
 
 Prints shared memory, registers, stack (spills), matrix instructions and local loads and stores. Needs triton, no GPU;
 TRITON_INTERPRET must not be set.
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,9 +24,11 @@ from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.perceive import kernels as perceive
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = {"start_ptr": "*i32", "length_ptr": "*i32", "first_ptr": "*i32", "resets_ptr": "*i32", "used_ptr": "*i8"}
+INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "wild_ptr"), "*i32") | {
+    "used_ptr": "*i8"
+}
 # Pointers to tensors in the inputs' dtype; all others are float32.
-NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters", "scratch"}
+NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters"}
 
 
 def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
@@ -43,10 +46,15 @@ def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
     return kinds
 
 
-def show(kernel: Any, constants: dict[str, Any], warps: int, capability: int) -> None:
+def show(kernel: Any, constants: dict[str, Any], warps: int, stages: int, capability: int) -> None:
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature(kernel, constants), constexprs=places)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    kinds = signature(kernel, constants)
+    # Pointers as torch hands them out: at multiples of 16 bytes, so that loads are wide.
+    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=aligned)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -56,7 +64,7 @@ def show(kernel: Any, constants: dict[str, Any], warps: int, capability: int) ->
         )
     registers, stack = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     counts = "".join(f"{name} {len(re.findall(rf'{name}[ .]', code)):>5}  " for name in ("HGMMA", "HMMA", "LDL", "STL"))
-    module = kernel.fn.__module__.split(".")[-2]
+    module = kernel.fn.__module__.split(".")[-2] + (" wild" if constants.get("WILD") is True else "")
     print(
         f"{module + '.' + kernel.fn.__name__:24} warps {warps}  shared {made.metadata.shared:>6}  "
         f"registers {registers[1] if registers else '?':>3}  stack {stack[1] if stack else '?':>5}  {counts}"
@@ -70,22 +78,34 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--warps", default="4,8")
+    parser.add_argument("--stages", type=int, default=1)
     args = parser.parse_args()
-    tile = {"BF": min(64, args.features), "BV": max(16, args.value_width)}
-    sizes = {"F": args.features, "C": perceive.CHUNK, "PRECISION": "tf32"}
+    tile = perceive.tiles(args.features, args.heads, args.value_width, torch.bfloat16)
+    more = {"PRECISION": "tf32", "FLOOR": perceive.RESET}
     rows = {"R": args.features, "BW": args.heads * args.value_width, "BQ": memorise.QUERIES, "BK": memorise.ROWS}
     for warps in map(int, args.warps.split(",")):
-        for kernel, more in (
-            (perceive._prepare, {"BF": tile["BF"], "FLOOR": perceive.RESET}),
-            (perceive._scan, {"BV": tile["BV"]}),
-            (perceive._read, tile),
-            (perceive._unread, tile),
-            (perceive._scan_back, {"BV": tile["BV"]}),
-            (perceive._gradients, tile),
+        for kernel, constants in (
+            (perceive._prepare, {"LIMIT": perceive.LIMIT}),
+            (perceive._scan, {"KEEP": True, "WILD": False}),
+            (perceive._scan, {"KEEP": True, "WILD": True}),
+            (perceive._scan_back, {"RESIDUAL": False, "WILD": False}),
+            (perceive._scan_back, {"RESIDUAL": True, "WILD": True}),
+            (perceive._gradients, {"WILD": False}),
+            (perceive._gradients, {"WILD": True}),
         ):
-            show(kernel, {**sizes, **more}, warps, args.capability)
-        for kernel, more in ((memorise._read, {"WIDE": False}), (memorise._read_back, {}), (memorise._rows_back, {})):
-            show(kernel, {**rows, "SOFTMAX": False, "PRECISION": "tf32", **more}, warps, args.capability)
+            show(kernel, {**tile[kernel.fn.__name__], **more, **constants}, warps, args.stages, args.capability)
+        for kernel, constants in (
+            (memorise._read, {"WIDE": False}),
+            (memorise._read_back, {}),
+            (memorise._rows_back, {}),
+        ):
+            show(
+                kernel,
+                {**rows, "SOFTMAX": False, "PRECISION": "tf32", **constants},
+                warps,
+                args.stages,
+                args.capability,
+            )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """Check every launch configuration of the kernels against float64 on this device, and time each kernel alone.
 
-    python benchmarks/tune_kernels.py [perceive|memorise] [--warps 2,4,8] [--stages 1,2,3] [--results FILE]
+    python benchmarks/tune_kernels.py [perceive|memorise] [--warps 4,8] [--stages 1,2] [--workers 8] [--results FILE]
 
-Each configuration of one kernel (the others as they are) runs forward and backward on fresh random inputs; a tensor
-passes whose root mean square and largest error are at most twice those of `chunked` in the same dtype with the same
-rounding of operands, or 2 eps of its dtype times the root mean square of the truth. The time of the kernel alone, at
-131,072 tokens, comes from torch's profiler. JSON lines; a configuration that fails says which tensor and by how much.
+Each configuration of one kernel (the others as they are) runs forward and backward on fresh random inputs, in a process
+of its own, because a miscompiled one may take the device's context with it; a tensor passes whose root mean square and
+largest error are at most twice those of `chunked` in the same dtype with the same rounding of operands, or 2 eps of its
+dtype times the root mean square of the truth. Those that pass are timed alone, at 131,072 tokens, by torch's profiler.
+JSON lines; a configuration that fails says which tensor and by how much.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,7 +32,12 @@ from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
 
 DEVICE = torch.device("cuda")
-SMALL = Shape(2, 400, 2, 128, 4, 32, 256, 64, "relu2")
+SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}
+NAMES = {
+    "perceive": "y state residual dq dk de dw dlog_decay",
+    "memorise": "y keys values dq dk dw dsink",
+}
+TABLES = {"perceive": perceive_kernels.LAUNCH, "memorise": memorise_kernels.LAUNCH}
 
 
 def both_ways(run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
@@ -50,41 +60,64 @@ def runner(op: str, backend: str, s: Shape) -> Callable[..., tuple[Tensor, ...]]
     return lambda *x: (lambda y, units: (y, units.keys, units.values))(*memorise(*x, **size, backend=backend))
 
 
-class Checker:
-    """Truth and yardstick of one op on fixed small inputs."""
+def make_inputs(op: str, s: Shape) -> list[Tensor]:
+    return (perceive_inputs if op == "perceive" else memorise_inputs)(s, torch.bfloat16, DEVICE)
 
-    def __init__(self, op: str, activation: str) -> None:
-        self.op, self.shape = op, Shape(**{**vars(SMALL), "activation": activation})
-        make = perceive_inputs if op == "perceive" else memorise_inputs
-        torch.manual_seed(1)
-        self.inputs = make(self.shape, torch.bfloat16, DEVICE)
-        self.truth = both_ways(runner(op, "reference", self.shape), [x.double() for x in self.inputs])
-        self.yard = both_ways(runner(op, "chunked", self.shape), self.inputs)
 
-    def failures(self) -> list[str]:
-        torch.cuda.empty_cache()
-        got = both_ways(runner(self.op, "triton", self.shape), self.inputs)
-        found = []
-        for n, (g, y, t) in enumerate(zip(got, self.yard, self.truth, strict=True)):
-            if not g.isfinite().all():
-                found.append(f"tensor {n}: not finite")
-                continue
-            mine, other = g.double() - t, y.double() - t
-            floor = 2 * torch.finfo(g.dtype).eps * t.square().mean().sqrt()
-            few = 4 if t.numel() < 1000 else 1  # an error of few numbers is chance
-            for what, a, b in (("rms", mine.square().mean().sqrt(), other.square().mean().sqrt()),
-                               ("largest", mine.abs().max(), other.abs().max())):  # fmt: skip
-                if a > few * max(2 * b, floor):
-                    found.append(f"tensor {n}: {what} {a:.3g}, yardstick {b:.3g}")
-        return found
+def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
+    """What is wrong at this shape, and each tensor's root mean square error over the yardstick's."""
+    torch.manual_seed(1)
+    inputs = make_inputs(op, s)
+    truth = both_ways(runner(op, "reference", s), [x.double() for x in inputs])
+    yard = both_ways(runner(op, "chunked", s), inputs)
+    torch.cuda.empty_cache()
+    got = both_ways(runner(op, "triton", s), inputs)
+    again = both_ways(runner(op, "triton", s), inputs)
+    found, ratios = [], {}
+    for name, g, a, y, t in zip(NAMES[op].split(), got, again, yard, truth, strict=True):
+        if not torch.equal(g, a):
+            found.append(f"{name}: two runs differ")
+        mine, other = g.double() - t, y.double() - t
+        floor = 2 * torch.finfo(g.dtype).eps * t.square().mean().sqrt()
+        few = 4 if t.numel() < 1000 else 1  # an error of few numbers is chance
+        ratios[name] = round(float(mine.square().mean().sqrt() / other.square().mean().sqrt()), 3)
+        for what, a, b in (("rms", mine.square().mean().sqrt(), other.square().mean().sqrt()),
+                           ("largest", mine.abs().max(), other.abs().max())):  # fmt: skip
+            if not a <= few * max(2 * b, floor):
+                found.append(f"{name}: {what} {a:.3g}, yardstick {b:.3g}")
+    return found, ratios
+
+
+def check(op: str, m: int, V: int) -> dict[str, Any]:
+    torch.set_float32_matmul_precision("high")  # the yardstick may use TF32 where the kernels do
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that uninitialised memory is poisoned
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    found: list[str] = []
+    ratios: dict[str, float] = {}
+    try:
+        for activation in ("relu2",) if op == "perceive" else ("relu2", "softmax"):
+            more, ratios = failures(op, Shape(**SMALL, heads=m, value_width=V, activation=activation))
+            found += [f"{activation} {text}" if op == "memorise" else text for text in more]
+    except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure, a lost device
+        found.append((str(error).splitlines() or [type(error).__name__])[0][:200])
+    return {"failures": found, "error_ratios": ratios}
+
+
+def check_apart(op: str, kernel: str, launch: dict[str, int], m: int, V: int) -> dict[str, Any]:
+    """`check` with one kernel launched so, in a process of its own."""
+    spec = json.dumps({"op": op, "kernel": kernel, "launch": launch, "m": m, "V": V})
+    done = subprocess.run([sys.executable, __file__, "--one", spec], capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return {"failures": [f"exit {done.returncode}: {done.stderr.strip()[-300:]}"], "error_ratios": {}}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def kernel_times(op: str, s: Shape, repeats: int) -> dict[str, float]:
-    """Mean milliseconds of each kernel of a forward and backward pass."""
-    make = perceive_inputs if op == "perceive" else memorise_inputs
-    inputs = make(s, torch.bfloat16, DEVICE)
+    """Mean milliseconds a forward and backward pass spends in each kernel."""
     run = runner(op, "triton", s)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in make_inputs(op, s)]
 
     def call() -> None:
         y = run(*leaves)[0]
@@ -98,48 +131,56 @@ def kernel_times(op: str, s: Shape, repeats: int) -> dict[str, float]:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
-    return {e.key: e.self_device_time_total / e.count / 1e3 for e in found.key_averages()}
+    return {e.key: e.self_device_time_total / repeats / 1e3 for e in found.key_averages()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", default=["perceive", "memorise"])
-    parser.add_argument("--warps", default="2,4,8")
-    parser.add_argument("--stages", default="1,2,3")
+    parser.add_argument("--warps", default="4,8")
+    parser.add_argument("--stages", default="1,2")
+    parser.add_argument("--kernels", default="", help="only these, comma-separated")
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--value-width", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=8, help="processes that check at a time")
+    parser.add_argument("--no-times", action="store_true", help="check only (the device is busy)")
     parser.add_argument("--results", default="benchmarks/results/kernels.jsonl")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := set(args.ops) - {"perceive", "memorise"}:
+    if args.one:
+        spec = json.loads(args.one)
+        TABLES[spec["op"]][spec["kernel"]] = spec["launch"]
+        print(json.dumps(check(spec["op"], spec["m"], spec["V"])))
+        return
+    if unknown := set(args.ops) - set(TABLES):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; known: perceive, memorise")
-    torch.set_float32_matmul_precision("high")  # the yardstick may use TF32 where the kernels do
-    torch.use_deterministic_algorithms(True, warn_only=True)  # so that uninitialised memory is poisoned
-    torch.utils.deterministic.fill_uninitialized_memory = True
     grid = list(itertools.product(*([int(x) for x in text.split(",")] for text in (args.warps, args.stages))))
-    for op in args.ops:
-        table = (perceive_kernels if op == "perceive" else memorise_kernels).LAUNCH
-        checkers = [Checker(op, a) for a in (("relu2",) if op == "perceive" else ("relu2", "softmax"))]
-        big = Shape(args.tokens // args.length, args.length, 8, 128, 4, 32, 256, 64, "relu2")
-        for kernel in table:
-            before = dict(table[kernel])
-            for warps, stages in grid:
-                table[kernel] = {"num_warps": warps, "num_stages": stages}
-                row: dict[str, Any] = {"op": op, "kernel": kernel, **table[kernel], "length": args.length}
-                try:
-                    row["failures"] = [f for c in checkers for f in c.failures()]
-                    if not row["failures"]:
-                        row["ms"] = kernel_times(op, big, args.repeats).get(kernel)
-                except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure
-                    row["failures"] = [(str(error).splitlines() or [type(error).__name__])[0][:200]]
-                    if "illegal memory access" in str(error):
-                        raise  # the device is lost to this process: every later row would fail too
-                record(args.results, "kernel-launch", row, device=DEVICE, seed=1)
-                ms = row.get("ms")
-                time = "not seen by the profiler" if ms is None else f"{ms:.3f} ms"
-                verdict = "; ".join(row["failures"])[:150] or time
-                print(f"{op}.{kernel:12} warps {warps} stages {stages}: {verdict}", flush=True)
-            table[kernel] = before
+    wanted = [k for k in args.kernels.split(",") if k]
+    jobs = [
+        (op, kernel, {"num_warps": warps, "num_stages": stages})
+        for op in args.ops
+        for kernel in TABLES[op]
+        for warps, stages in grid
+        if not wanted or kernel in wanted
+    ]
+    with ThreadPoolExecutor(args.workers) as pool:
+        checks = list(pool.map(lambda job: check_apart(*job, args.heads, args.value_width), jobs))
+    for (op, kernel, launch), row in zip(jobs, checks, strict=True):
+        row = {"op": op, "kernel": kernel, **launch, "length": args.length, **row}
+        if not row["failures"] and not args.no_times:
+            s = Shape(args.tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
+            before, TABLES[op][kernel] = TABLES[op][kernel], launch
+            times = kernel_times(op, s, args.repeats)
+            row["ms"], TABLES[op][kernel] = times.get(kernel), before
+            row["all_ms"] = {name: ms for name, ms in times.items() if name in TABLES[op]}
+        record(args.results, "kernel-launch", row, device=DEVICE, seed=1)
+        ms = row.get("ms")
+        time = "" if ms is None else f"{ms:.3f} ms "
+        verdict = "; ".join(row["failures"])[:200] or f"{time}{row['error_ratios']}"
+        print(f"{op}.{kernel:12} warps {launch['num_warps']} stages {launch['num_stages']}: {verdict}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch
 log = logging.getLogger("llm_mlp.ops")
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
-_logged: set[tuple[str, str, str]] = set()
+OVERRIDE = "LLM_MLP_BACKEND"  # what auto chooses on CUDA: chunked or triton
+_logged: set[tuple[str, ...]] = set()
 _debug = False
 
 
@@ -30,14 +31,12 @@ def choose(op: str, backend: str, device: torch.device, not_served: str | None =
         ValueError: an unknown name, or ``triton`` where it cannot run.
     """
     if backend == "auto":
-        key = (op, "chunked", device.type)
+        kind, why = _best(device, not_served)
+        key = (op, kind, device.type, why)
         if key not in _logged and not torch.compiler.is_compiling():
             _logged.add(key)
-            why = f"the fast path on {device.type}"
-            if device.type == "cuda":
-                why = "the kernels, backend='triton', are not yet measured on a device and so not chosen"
-            log.info("%s: backend chunked (%s)", op, why)
-        return "chunked"
+            log.info("%s: backend %s (%s)", op, kind, why)
+        return kind
     if backend in ("reference", "chunked"):
         return backend
     if backend == "triton":
@@ -47,10 +46,25 @@ def choose(op: str, backend: str, device: torch.device, not_served: str | None =
     raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
+def _best(device: torch.device, not_served: str | None) -> tuple[str, str]:
+    """The fastest implementation on a device, and why it is chosen."""
+    if device.type != "cuda":
+        return "chunked", f"the fast path on {device.type}"
+    if os.environ.get(OVERRIDE):
+        if os.environ[OVERRIDE] not in ("chunked", "triton"):
+            raise ValueError(f"{OVERRIDE}={os.environ[OVERRIDE]}: expected chunked or triton")
+        return os.environ[OVERRIDE], f"{OVERRIDE} says so"
+    if reason := _no_triton(device) or (f"the kernels do not serve {not_served}" if not_served else None):
+        return "chunked", reason
+    return "triton", "the fast path on cuda"
+
+
 def _no_triton(device: torch.device) -> str | None:
     """Why kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no matrix units for bfloat16 (compute capability 8.0 has)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             f"the tensors are on {device.type}, not on a CUDA device (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"

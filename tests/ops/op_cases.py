@@ -42,7 +42,10 @@ def with_gradients(
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     outputs = list(run(*leaves))
     generator = torch.Generator().manual_seed(seed)
-    loss = sum((o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum() for o in outputs)
+    loss = sum(
+        (o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)).sum()
+        for o in outputs
+    )
     wanted = [x for x in leaves if x is not None]
     if not loss.requires_grad:
         return [o.detach() for o in outputs], [torch.zeros_like(x) for x in wanted]

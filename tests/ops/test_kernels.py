@@ -34,6 +34,8 @@ class Earned:
         """``run(backend)`` takes the inputs; outputs and gradients are compared."""
         truth = with_gradients(run("reference"), [x.double() for x in inputs])
         on_device = [x.to(DEVICE) for x in inputs]
+        if DEVICE == "cuda":  # the same rounding of operands: beside 16-bit inputs the kernels multiply float32 as TF32
+            torch.set_float32_matmul_precision("highest" if inputs[0].dtype == torch.float32 else "high")
         yard, got = (with_gradients(run(backend), on_device) for backend in ("chunked", "triton"))
         tensors = zip([*got[0], *got[1]], [*yard[0], *yard[1]], [*truth[0], *truth[1]], strict=True)
         for name, (g, y, t) in zip(self.names, tensors, strict=True):
@@ -113,6 +115,17 @@ def test_perceive_decays(decay, poisoned):
 def test_perceive_over_seeds(shape, dtype, poisoned):
     """So many seeds that every tensor has over 1,000 numbers, the small ones from 32."""
     earn_perceive(shape, "mixed", dtype, seeds={"plain": 8, "features": 12, "packed": 12}.get(shape, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("features", "heads", "width"), [(512, 8, 16), (256, 4, 32), (128, 4, 32), (64, 2, 128), (128, 16, 16)]
+)
+@pytest.mark.parametrize("decay", ["mild", "mixed"])
+def test_perceive_sizes(features, heads, width, decay, poisoned):
+    """Sizes of presets and of their switches: a group in one part and in several."""
+    SHAPES["size"] = (1, 150, 2, features, heads, width, None)
+    earn_perceive("size", decay, torch.bfloat16, seeds=1)
 
 
 @pytest.mark.parametrize("keys", ["equal", "alternating", "orthogonal"])
@@ -230,12 +243,13 @@ def test_memorise_over_seeds(case, activation, dtype, poisoned):
 def test_what_perceive_does_not_serve_is_named(change, says):
     sizes = {"B": 1, "T": 4, "G": 1, "F": 16, "m": 1, "V": 16, "dtype": torch.float32, **change}
     with pytest.raises(ValueError, match=f"perceive: backend 'triton' cannot run: it does not serve {says}"):
-        perceive(*perceive_inputs(**sizes), backend="triton")
+        perceive(*(x.to(DEVICE) for x in perceive_inputs(**sizes)), backend="triton")
 
 
 def test_what_memorise_does_not_serve_is_named():
     with pytest.raises(ValueError, match="memorise: backend 'triton' cannot run: it does not serve R = 8"):
-        memorise(*memorise_inputs(1, 4, 1, 8, 1, 16, dtype=torch.float32), block=8, slots=2, backend="triton")
+        inputs = [x.to(DEVICE) for x in memorise_inputs(1, 4, 1, 8, 1, 16, dtype=torch.float32)]
+        memorise(*inputs, block=8, slots=2, backend="triton")
 
 
 def test_no_device_and_no_interpreter(monkeypatch):

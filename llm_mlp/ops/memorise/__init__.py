@@ -69,7 +69,7 @@ def memorise(
     check_values("memorise", q=q, k=k, w=w, sink=sink, score=score)
     before = _carried(units, k, w, bounds, block, slots)
     score = score.detach().to(before.scores.dtype)
-    kind = choose("memorise", backend, q.device, _not_served(R, m, V, q.dtype) if backend == "triton" else None)
+    kind = choose("memorise", backend, q.device, _not_served(R, m, V, q.dtype))
     with torch.autocast(q.device.type, enabled=False):
         if kind == "reference":
             return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)

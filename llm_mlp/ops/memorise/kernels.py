@@ -13,16 +13,17 @@ two runs give equal bits. Products whose transpose is needed are computed transp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llm_mlp.ops.layout import Pieces
 from llm_mlp.ops.memorise.chunked import choose, is_fresh, lead_rows, only_length, pools
 from llm_mlp.ops.memorise.units import Units
-from llm_mlp.ops.tiles import narrow, product, product_onto
+from llm_mlp.ops.tiles import exponential, narrow, product, product_onto
 
 QUERIES = 64  # a tile
 ROWS = 64
@@ -76,7 +77,7 @@ def _read(
         q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
         sink = tl.load(sink_ptr + g).to(tl.float32)
         top = tl.zeros((BQ,), tl.float32) + sink
-        total = tl.zeros((BQ,), tl.float32) + (1.0 if SOFTMAX else tl.exp(sink))
+        total = tl.zeros((BQ,), tl.float32) + (1.0 if SOFTMAX else exponential(sink))
         y = tl.zeros((BQ, BW), tl.float32)
         own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
         slot_tiles = (slots + BK - 1) // BK
@@ -89,8 +90,8 @@ def _read(
             z = product(q, tl.trans(k), PRECISION) * scale
             if SOFTMAX:
                 higher = tl.maximum(top, tl.max(tl.where(seen, z, -float("inf")), 1))
-                p = tl.where(seen, tl.exp(z - higher[:, None]), 0.0)
-                shrink = tl.exp(top - higher)
+                p = tl.where(seen, exponential(z - higher[:, None]), 0.0)
+                shrink = exponential(top - higher)
                 total = total * shrink + tl.sum(p, 1)
                 y = y * shrink[:, None]
                 top = higher
@@ -150,7 +151,7 @@ def _read_back(
             z = product(q, tl.trans(k), PRECISION) * scale
             worth = product(dy, tl.trans(w), PRECISION)
             if SOFTMAX:
-                p = tl.where(seen, tl.exp(tl.where(seen, z - norm[:, None], 0.0)), 0.0)
+                p = tl.where(seen, exponential(tl.where(seen, z - norm[:, None], 0.0)), 0.0)
                 dz = p * (worth - both[:, None])
             else:
                 z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
@@ -159,7 +160,7 @@ def _read_back(
             exact += tl.sum(p * worth, 1)
             dq = product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
         tl.store(dot_ptr + first + tokens, exact, mask=real)
-        silent = tl.exp(sink - norm) if SOFTMAX else tl.exp(sink) / norm  # the sink's share
+        silent = exponential(sink - norm) if SOFTMAX else exponential(sink) / norm  # the sink's share
         tl.store(dsink_ptr + partial, -tl.sum(tl.where(real, exact * silent, 0.0), 0))
         tl.store(
             dq_ptr + first * R + (tokens[:, None] * R + r[None, :]),
@@ -203,7 +204,7 @@ def _rows_back(
         z = product(k, tl.trans(q), PRECISION) * scale
         change = product(w, tl.trans(dy), PRECISION) - both[None, :]
         if SOFTMAX:
-            p = tl.where(seen, tl.exp(tl.where(seen, z - norm[None, :], 0.0)), 0.0)
+            p = tl.where(seen, exponential(tl.where(seen, z - norm[None, :], 0.0)), 0.0)
             dz = p * change
         else:
             z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
@@ -233,75 +234,122 @@ def _rows_back(
 # -- host ----------------------------------------------------------------------------------------------------------
 
 
-class _Kernels(torch.autograd.Function):
+@torch.library.custom_op("llm_mlp::memorise_read", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, w: Tensor, slot_k: Tensor, slot_w: Tensor, used: Tensor, sink: Tensor,
+    start: Tensor, length: Tensor, block: int, softmax: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k ``[P, G, R]`` and w ``[P, G, m V]`` by row; the slots' keys and values ``[b, G, slots, ...]``, whether they
-    are used, sink ``[G]``, and each block's first row and number of rows: y by row."""
-
-    @staticmethod
-    def forward(ctx, q, k, w, slot_k, slot_w, used, sink, start, length, block, softmax):
-        (P, G, R), width = q.shape, w.shape[-1]
-        slots = slot_k.shape[2]
-        BW = max(16, triton.next_power_of_2(width))
-        precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        sizes = {"R": R, "BW": BW, "BQ": QUERIES, "BK": ROWS, "SOFTMAX": softmax, "PRECISION": precision}
-        y = torch.empty_like(w)
-        norm = torch.empty((P, G), dtype=torch.float32, device=q.device)
-        _read[(len(start), G, triton.cdiv(block, QUERIES))](
-            q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, G, slots, width, R**-0.5,
-            WIDE=q.dtype == torch.float16 and not softmax, **sizes, **LAUNCH["_read"],
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, w, slot_k, slot_w, used, sink, start, length, y, norm)
-        ctx.sizes, ctx.block = sizes, block
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm = ctx.saved_tensors
-        (_, G, R), width, slots, sizes = q.shape, w.shape[-1], slot_k.shape[2], ctx.sizes
-        dy = dy.contiguous()
-        tiles = triton.cdiv(ctx.block, QUERIES)
-        dq, dk, dw, dot = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(norm)
-        dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
-        _read_back[(len(start), G, tiles)](
-            q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, dq, dot, dsink,
-            G, slots, width, R**-0.5, **sizes, **LAUNCH["_read_back"],
-        )  # fmt: skip
-        slot_dk = torch.empty(slot_k.shape, dtype=torch.float32, device=q.device)
-        slot_dw = torch.empty(slot_w.shape, dtype=torch.float32, device=q.device)
-        _rows_back[(len(start), G, triton.cdiv(slots, ROWS) + triton.cdiv(ctx.block, ROWS))](
-            q, k, w, slot_k, slot_w, used, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
-            G, slots, width, R**-0.5, **sizes, **LAUNCH["_rows_back"],
-        )  # fmt: skip
-        dsink = dsink.sum((0, 2)).to(sink.dtype)
-        return dq, dk, dw, slot_dk, slot_dw, None, dsink, None, None, None, None
+    are used (int8), sink ``[G]``, and each block's first row and number of rows: y by row and the normalisers."""
+    (P, G, R), width, slots = q.shape, w.shape[-1], slot_k.shape[2]
+    y, norm = torch.empty_like(w), torch.empty((P, G), dtype=torch.float32, device=q.device)
+    _read[(len(start), G, triton.cdiv(block, QUERIES))](
+        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, G, slots, width, R**-0.5,
+        WIDE=q.dtype == torch.float16 and not softmax, **_sizes(q, w, softmax), **LAUNCH["_read"],
+    )  # fmt: skip
+    return y, norm
 
 
-class _Gather(torch.autograd.Function):
+@_forward.register_fake
+def _(q, k, w, slot_k, slot_w, used, sink, start, length, block, softmax):
+    return torch.empty_like(w), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+
+def _sizes(q: Tensor, w: Tensor, softmax: bool) -> dict[str, Any]:
+    return {
+        "R": q.shape[-1],
+        "BW": max(16, triton.next_power_of_2(w.shape[-1])),
+        "BQ": QUERIES,
+        "BK": ROWS,
+        "SOFTMAX": softmax,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+@torch.library.custom_op("llm_mlp::memorise_read_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, w: Tensor, slot_k: Tensor, slot_w: Tensor, used: Tensor, sink: Tensor,
+    start: Tensor, length: Tensor, y: Tensor, norm: Tensor, dy: Tensor, block: int, softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, w, the slots' keys and values (float32) and sink."""
+    (_, G, R), width, slots, sizes = q.shape, w.shape[-1], slot_k.shape[2], _sizes(q, w, softmax)
+    dy = dy.contiguous()
+    tiles = triton.cdiv(block, QUERIES)
+    dq, dk, dw, dot = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(norm)
+    dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
+    _read_back[(len(start), G, tiles)](
+        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, dq, dot, dsink,
+        G, slots, width, R**-0.5, **sizes, **LAUNCH["_read_back"],
+    )  # fmt: skip
+    slot_dk = torch.empty(slot_k.shape, dtype=torch.float32, device=q.device)
+    slot_dw = torch.empty(slot_w.shape, dtype=torch.float32, device=q.device)
+    _rows_back[(len(start), G, triton.cdiv(slots, ROWS) + triton.cdiv(block, ROWS))](
+        q, k, w, slot_k, slot_w, used, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
+        G, slots, width, R**-0.5, **sizes, **LAUNCH["_rows_back"],
+    )  # fmt: skip
+    return dq, dk, dw, slot_dk, slot_dw, dsink.sum((0, 2)).to(sink.dtype)
+
+
+@_backward.register_fake
+def _(q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, block, softmax):
+    slots = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (slot_k, slot_w))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), *slots, torch.empty_like(sink)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.block, ctx.softmax = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, dy, _):
+    dq, dk, dw, slot_dk, slot_dw, dsink = _backward(*ctx.saved_tensors, dy, ctx.block, ctx.softmax)
+    return dq, dk, dw, slot_dk, slot_dw, None, dsink, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("llm_mlp::take_rows", mutates_args=())
+def _gather(rows: Tensor, row: Tensor, used: Tensor) -> Tensor:
     """Rows ``[P, G, X]`` at ``row [b, G, S]`` -> ``[b, G, S, X]``, zero where not ``used``.
 
     Backward: a row's gradients are summed in the order of the blocks (a stable sort), in float32.
     """
+    group = torch.arange(rows.shape[1], device=rows.device)[:, None]
+    return torch.where(used[..., None], rows[row, group], 0)
 
-    @staticmethod
-    def forward(ctx, rows, row, used):
-        ctx.save_for_backward(row, used)
-        ctx.shape, ctx.dtype = rows.shape, rows.dtype
-        group = torch.arange(rows.shape[1], device=rows.device)[:, None]
-        return torch.where(used[..., None], rows[row, group], 0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d):
-        row, used = ctx.saved_tensors
-        P, G, _ = ctx.shape
-        out = torch.zeros(ctx.shape, dtype=torch.float32, device=d.device)
-        group = torch.arange(G, device=d.device)[:, None].expand_as(row)
-        # Rows that are not used add zero; all of them at one place would be a long queue there.
-        row = torch.where(used, row, torch.arange(row.numel(), device=d.device).view_as(row) % P)
-        # index_put_ with accumulate sorts by place: deterministic, in order of position.
-        out.index_put_((row, group), torch.where(used[..., None], d, 0).float(), accumulate=True)
-        return out.to(ctx.dtype), None, None
+@_gather.register_fake
+def _(rows, row, used):
+    return rows.new_empty((*row.shape, rows.shape[-1]))
+
+
+@torch.library.custom_op("llm_mlp::take_rows_backward", mutates_args=())
+def _scatter(d: Tensor, row: Tensor, used: Tensor, P: int, dtype: torch.dtype) -> Tensor:
+    G = row.shape[1]
+    out = torch.zeros((P, G, d.shape[-1]), dtype=torch.float32, device=d.device)
+    group = torch.arange(G, device=d.device)[:, None].expand_as(row)
+    # Rows that are not used add zero; all of them at one place would be a long queue there.
+    row = torch.where(used, row, torch.arange(row.numel(), device=d.device).view_as(row) % P)
+    # index_put_ with accumulate sorts by place: deterministic, in order of position.
+    out.index_put_((row, group), torch.where(used[..., None], d, 0).float(), accumulate=True)
+    return out.to(dtype)
+
+
+@_scatter.register_fake
+def _(d, row, used, P, dtype):
+    return d.new_empty((P, row.shape[1], d.shape[-1]), dtype=dtype)
+
+
+def _save_rows(ctx, inputs, output) -> None:
+    rows, row, used = inputs
+    ctx.save_for_backward(row, used)
+    ctx.rows, ctx.dtype = rows.shape[0], rows.dtype
+
+
+_gather.register_autograd(
+    lambda ctx, d: (_scatter(d, *ctx.saved_tensors, ctx.rows, ctx.dtype), None, None), setup_context=_save_rows
+)
 
 
 def _blocks(layout: Pieces, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -345,8 +393,8 @@ def memorise(
         lead = None if carried is None else lead_rows(carried, slots, fresh)
         return layout.split(x, lead).flatten(0, 1).contiguous()
 
-    keys, values = pools(k, w, units, rows, start, block, slots, empty, _Gather.apply)
-    y = _Kernels.apply(
+    keys, values = pools(k, w, units, rows, start, block, slots, empty, _gather)
+    y, _ = _forward(
         rows(q),
         keys.rows,
         values.rows,

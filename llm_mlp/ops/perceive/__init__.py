@@ -65,7 +65,7 @@ def perceive(
         expect("perceive", "state", state, (N, G, F, m, V))
         state = state.to(dtype) if T else state.to(dtype, copy=True)  # never the caller's own tensor
     check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
-    not_served = _not_served(F, m, V, q.dtype) if backend == "triton" else None
+    not_served = _not_served(F, m, V, q.dtype)
     kind = choose("perceive", backend, q.device, not_served)
     run: Callable = reference.perceive if kind == "reference" else chunked.perceive
     if kind == "triton":
@@ -156,10 +156,8 @@ def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
     """What the Triton kernels do not serve of these sizes; None if they serve them."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {dtype} (bfloat16, float16 and float32 are)"
-    if F & (F - 1) or not 16 <= F <= 512 * 2 // dtype.itemsize:
-        return (
-            f"F = {F} in {dtype} (powers of two from 16 to 512 are, to 256 in float32: three tiles of a chunk on chip)"
-        )
+    if F & (F - 1) or not 16 <= F <= (128 if dtype == torch.float32 else 512):
+        return f"F = {F} in {dtype} (powers of two from 16 to 512 are, to 128 in float32: three tiles on chip)"
     if not 1 <= m * V <= 256:
         return f"m = {m} heads of V = {V} (m * V up to 256 is)"
     if F * V > 2**14:
