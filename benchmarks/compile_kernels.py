@@ -28,7 +28,7 @@ INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", 
     "used_ptr": "*i8"
 }
 # Pointers to tensors in the inputs' dtype; all others are float32.
-NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters"}
+NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters", "inverse"}
 
 
 def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
@@ -85,7 +85,8 @@ def main() -> None:
     rows = {"R": args.features, "BW": args.heads * args.value_width, "BQ": memorise.QUERIES, "BK": memorise.ROWS}
     for warps in map(int, args.warps.split(",")):
         for kernel, constants in (
-            (perceive._prepare, {"LIMIT": perceive.LIMIT}),
+            (perceive._decays, {"LIMIT": perceive.limit(torch.bfloat16)}),
+            (perceive._inverse, {}),
             (perceive._scan, {"KEEP": True, "WILD": False}),
             (perceive._scan, {"KEEP": True, "WILD": True}),
             (perceive._scan_back, {"RESIDUAL": False, "WILD": False}),
@@ -93,7 +94,8 @@ def main() -> None:
             (perceive._gradients, {"WILD": False}),
             (perceive._gradients, {"WILD": True}),
         ):
-            show(kernel, {**tile[kernel.fn.__name__], **more, **constants}, warps, args.stages, args.capability)
+            used = {name: x for name, x in more.items() if name in kernel.arg_names}
+            show(kernel, {**tile[kernel.fn.__name__], **used, **constants}, warps, args.stages, args.capability)
         for kernel, constants in (
             (memorise._read, {"WIDE": False}),
             (memorise._read_back, {}),

@@ -38,24 +38,6 @@ def exponential(x):
 
 
 @triton.jit
-def _leading(x):
-    """float32 ``x`` cut to the ten bits of mantissa that TF32 has."""
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def product_split(a, b, PRECISION: tl.constexpr):
-    """``a @ b`` of float32 tiles to about 2^-21 where PRECISION is tf32, from three products of the tiles' leading and
-    remaining bits. (input_precision="tf32x3" is the same, but Triton 3.7 then spills a blocked operand.)"""
-    if PRECISION != "tf32":
-        return tl.dot(a, b, input_precision=PRECISION)
-    a_high, b_high = _leading(a), _leading(b)
-    out = tl.dot(a - a_high, b_high, input_precision=PRECISION)
-    out = tl.dot(a_high, b - b_high, acc=out, input_precision=PRECISION)
-    return tl.dot(a_high, b_high, acc=out, input_precision=PRECISION)
-
-
-@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 ``x`` rounded to ``DTYPE``."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
@@ -63,3 +45,31 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def halves(x):
+    """float32 ``x`` as the sum of two bfloat16, to 2^-17 of it."""
+    high = narrow(x, tl.bfloat16)
+    return high, narrow(x - high.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def product_halves(high, low, b, PRECISION: tl.constexpr):
+    """``a @ b`` of float32 tiles to about 2^-16: a as `halves` (ieee: high is a itself). Three bfloat16 products cost
+    less than one TF32 product and its second operand's way through shared memory."""
+    if PRECISION != "tf32":
+        return tl.dot(high, b, input_precision=PRECISION)
+    b_high, b_low = halves(b)
+    out = product(low, b_high, PRECISION)
+    out = product_onto(out, high, b_low, PRECISION)
+    return product_onto(out, high, b_high, PRECISION)
+
+
+@triton.jit
+def product_split(a, b, PRECISION: tl.constexpr):
+    """`product_halves` of two float32 tiles."""
+    if PRECISION != "tf32":
+        return tl.dot(a, b, input_precision=PRECISION)
+    high, low = halves(a)
+    return product_halves(high, low, b, PRECISION)

@@ -2,18 +2,26 @@
 
 The mathematics is that of `llm_mlp.ops.perceive.chunked` (docs/perceive.md), for all heads of a group at once:
 
-- ``_prepare``     (chunk, group): M = (I + tril(E K^T, -1))^-1; the decays of every head
+- ``_decays``      (chunk, group): what the decays of every head come to
+- ``_inverse``     (chunk, group): M = (I + tril(E K^T, -1))^-1
 - ``_scan``        (sequence, group, part): the state through the chunks; y, the residual, the state before each chunk
 - ``_scan_back``   (sequence, group, part): the state's gradient through the chunks, last one first; dw
 - ``_gradients``   (chunk, group, block of F): dq, dk, de and the decays' gradient, summed over the heads of the group
 
 A part is as many whole heads as fit a tile; everything a group's heads share (k, e, q, M) is read once for them.
 
-Decays without Gamma. Inside a chunk Gamma[i, j] = exp(g_i - g_j) is the product of down_i = exp(g_i - c) and
-up_j = exp(c - g_j), c half of the chunk's log decay: a product with X * Gamma scales what goes in and what comes out,
-for all heads together. That holds while the chunk's decay stays within exp(-LIMIT), far inside float32's range. A chunk
-that forgets more, or resets, is *wild*: there Gamma is made head by head. The two scans are compiled for both cases; a
-(sequence, group) with a wild chunk runs in the second, every other in the first, which has no branch in its loop.
+Decays without Gamma. Inside a chunk Gamma[i, j] = exp(g_i - g_j) is down_i up_j, with down_i = exp(g_i - c) and
+up_j = exp(c - g_j), c half of the chunk's log decay, edge = exp(c). So a chunk is computed in a frame that does not
+decay, for all heads together (a bar marks what is in the frame)::
+
+    S' = edge S        R' = up W - E S'      U' = M R'      O = down (Q S' + A U')      S <- edge (S' + K^T U')
+    dO' = down dO      dS' = edge dS         dU' = A^T dO' + K dS'      dR' = M^T dU'     dW = up dR'
+    dA = dO' U'^T      dL = -dR' U'^T        dS <- edge (dS' + Q^T dO' - E^T dR')
+
+That holds while the frame stays inside the range of the inputs' dtype (`limit`). A chunk that forgets more, or resets,
+is *wild*: there Gamma is made head by head, down is exp(g), up exp(g_C - g), edge 1. The two scans are compiled for
+both cases; a (sequence, group) with a wild chunk runs in the second, every other in the first, which has no branch in
+its loop.
 
 Nothing that flows from a matrix unit is transposed into the first operand of another product: it is computed
 transposed, because Triton 3.4 to 3.7 miscompiles such transpositions on Hopper (flash-linear-attention issues 640 and
@@ -21,8 +29,8 @@ transposed, because Triton 3.4 to 3.7 miscompiles such transpositions on Hopper 
 
 Offsets of tiles are 32-bit numbers from a 64-bit scalar: a tile of pointers takes more registers than the tile.
 
-Precision: products over F take operands in the inputs' dtype; M, u and what decays multiply is float32 (TF32 products
-where the inputs are of 16 bits, IEEE where they are float32).
+Precision: M and what it multiplies, the one place where an erase near 2 amplifies rounding, are float32 as pairs of
+bfloat16; other operands are rounded to the inputs' dtype, sums and states are float32. float32 inputs: IEEE products.
 """
 
 from __future__ import annotations
@@ -36,17 +44,22 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.perceive.chunked import CHUNK, RESET
-from llm_mlp.ops.tiles import exponential, narrow, product, product_onto, product_split
+from llm_mlp.ops.tiles import exponential, halves, narrow, product, product_halves, product_onto, product_split
 
 # How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
 LAUNCH: dict[str, dict[str, int]] = {
-    "_prepare": {"num_warps": 4, "num_stages": 1},
+    "_decays": {"num_warps": 1, "num_stages": 1},
+    "_inverse": {"num_warps": 4, "num_stages": 1},
     "_scan": {"num_warps": 4, "num_stages": 1},
     "_scan_back": {"num_warps": 4, "num_stages": 1},
     "_gradients": {"num_warps": 4, "num_stages": 1},
 }
-LIMIT = 120.0  # of a chunk's log decay: down and up stay within exp(60), and products of values with them finite
-BLOCK = 16  # rows of the inverse found one by one; blocks of them by products
+
+
+def limit(dtype: torch.dtype) -> float:
+    """Of a chunk's log decay, beyond which it is wild: down and up stay within the square root of exp(limit), which
+    float32 and bfloat16 hold with room for values and their products, and float16 with full precision."""
+    return 8.0 if dtype == torch.float16 else 120.0
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
@@ -99,14 +112,10 @@ def _gamma(decay_ptr, step, length, h, TRANSPOSED: tl.constexpr, C: tl.constexpr
 
 @triton.jit
 def _inner(
-    X, Z, into, out, decay_ptr, step, length, heads,
-    WILD: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    X, Z, decay_ptr, step, length, heads, TRANSPOSED: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
     FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``(X * Gamma) Z`` of each head, X ``[C, C]`` masked to what is seen: into = up and out = down (transposed: the
-    other way round)."""
-    if not WILD:
-        return _scaled(product(X, _scaled(Z, into, BM), PRECISION), out, BM)
+    """``(X * Gamma) Z`` of each head, X ``[C, C]`` masked to what is seen."""
     total = tl.zeros(Z.shape, tl.float32)
     head = tl.arange(0, Z.shape[1]) // (Z.shape[1] // BM)
     for h in range(heads):
@@ -117,24 +126,34 @@ def _inner(
 
 @triton.jit
 def _outer(
-    base, A, B, left, right, decay_ptr, step, length, heads, KIND: tl.constexpr,
-    WILD: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    base, A, B, decay_ptr, step, length, heads, TRANSPOSED: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
     FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``base`` plus the sum over heads of ``Gamma * (A B^T)``, ``[C, C]``; what is not seen is not yet masked.
-
-    The sum is rounded to the inputs' dtype next and feeds no recurrence: bfloat16 operands, which have float32's range,
-    will do."""
-    if not WILD:
-        A, B = _scaled(A, left, BM), _scaled(B, right, BM)
-        if tl.bfloat16 == KIND:
-            A, B = narrow(A, KIND), narrow(B, KIND)
-        return product_onto(base, A, tl.trans(B), PRECISION)
+    """``base`` plus the sum over heads of ``Gamma * (A B^T)``, ``[C, C]``."""
     head = tl.arange(0, A.shape[1]) // (A.shape[1] // BM)
     for h in range(heads):
         gamma = _gamma(decay_ptr, step, length, h, TRANSPOSED, C, FLOOR)
         base += gamma * product(tl.where(head[None, :] == h, A, 0.0), tl.trans(B), PRECISION)
     return base
+
+
+@triton.jit
+def _load_inverse(inverse_ptr, at, C: tl.constexpr, PRECISION: tl.constexpr):
+    """M as `tiles.halves`; where products are IEEE, M itself (twice)."""
+    i = tl.arange(0, C)
+    square = i[:, None] * C + i[None, :]
+    if PRECISION != "tf32":
+        M = tl.load(inverse_ptr + at * C * C + square)
+        return M, M
+    return tl.load(inverse_ptr + at * 2 * C * C + square), tl.load(inverse_ptr + (at * 2 + 1) * C * C + square)
+
+
+@triton.jit
+def _whole(high, low, PRECISION: tl.constexpr):
+    """M in float32."""
+    if PRECISION != "tf32":
+        return high
+    return high.to(tl.float32) + low.to(tl.float32)
 
 
 @triton.jit
@@ -151,42 +170,15 @@ def _any_wild(wild_ptr, first, last, G):
 
 
 @triton.jit
-def _prepare(
-    k_ptr, e_ptr, decay_ptr, start_ptr, length_ptr,  # chunks: first token and tokens
-    inverse_ptr, down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr,
+def _decays(
+    decay_ptr, start_ptr, length_ptr,  # chunks: first token and tokens
+    down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr,
     G, m: tl.constexpr,
-    F: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, FLOOR: tl.constexpr, LIMIT: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, length = tl.load(start_ptr + chunk).to(tl.int64), tl.load(length_ptr + chunk)
-    i = tl.arange(0, C)
-    f = tl.arange(0, BF)
-    shift, rows = start * (G * F) + g * F, i[:, None] * (G * F)
-    real = (i < length)[:, None]
-    L = tl.zeros((C, C), tl.float32)
-    for a in range(0, F, BF):
-        e = tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
-        k = tl.load(k_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
-        L = product_onto(L, e, tl.trans(k), PRECISION)
-    L = tl.where(i[:, None] > i[None, :], L, 0.0)
-    # The inverse D of the blocks on the diagonal by forward substitution, row by row in all blocks at once: row i is
-    # e_i - sum_j L_ij row_j.
-    within = i // BLOCK
-    same = within[:, None] == within[None, :]
-    D = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for row in range(1, BLOCK):
-        here = within * BLOCK + row  # in the block of each column
-        factors = tl.sum(tl.where(i[:, None] == here[None, :], L, 0.0), 0)  # L[here(j), j]
-        change = tl.sum(factors[:, None] * D, 0)
-        D = tl.where((i[:, None] == here[None, :]) & same, D - change[None, :], D)
-    # I + L = D^-1 (I + N) with N = D (L outside the blocks), whose fourth power is zero: M = (I - N)(I + N^2) D.
-    N = product_split(D, tl.where(same, 0.0, L), PRECISION)
-    T = D + product_split(product_split(N, N, PRECISION), D, PRECISION)
-    M = T - product_split(N, T, PRECISION)
-    tl.store(inverse_ptr + (chunk * G + g) * C * C + (i[:, None] * C + i[None, :]), M)
-
-    h = tl.arange(0, BM)
+    i, h = tl.arange(0, C), tl.arange(0, BM)
     inside = (i < length)[:, None] & (h < m)[None, :]
     d = tl.load(decay_ptr + start * (G * m) + g * m + (i[:, None] * (G * m) + h[None, :]), mask=inside, other=0.0)
     reset = d < FLOOR
@@ -194,7 +186,7 @@ def _prepare(
     last = tl.sum(tl.where(reset, 0.0, d).to(tl.float64), 0)
     resets, all_resets = tl.cumsum(reset.to(tl.int32), 0), tl.sum(reset.to(tl.int32), 0)
     wild = tl.max(tl.where((all_resets > 0) | (last < -LIMIT), 1, 0), 0)
-    if wild:  # down and up are exp(g) and exp(g_C - g), 0 across resets
+    if wild:  # 0 across resets
         down = tl.where(resets == 0, tl.exp(sums), 0.0)
         up = tl.where(resets == all_resets[None, :], tl.exp(last[None, :] - sums), 0.0)
         edge = tl.exp(last * 0.0)
@@ -209,6 +201,41 @@ def _prepare(
     tl.store(edge_ptr + group + h, edge.to(tl.float32), mask=h < m)
     tl.store(total_ptr + group + h, total.to(tl.float32), mask=h < m)
     tl.store(wild_ptr + chunk * G + g, wild)
+
+
+@triton.jit
+def _inverse(
+    k_ptr, e_ptr, start_ptr, length_ptr, inverse_ptr,
+    G,
+    F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = tl.load(start_ptr + chunk).to(tl.int64), tl.load(length_ptr + chunk)
+    i, f = tl.arange(0, C), tl.arange(0, BF)
+    shift, rows = start * (G * F) + g * F, i[:, None] * (G * F)
+    real = (i < length)[:, None]
+    L = tl.zeros((C, C), tl.float32)
+    for a in tl.static_range(0, F, BF):
+        e = tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
+        k = tl.load(k_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
+        L = product_onto(L, e, tl.trans(k), PRECISION)
+    # The inverses of the blocks on the diagonal, doubled in size: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
+    # Powers of L would be shorter, but grow without bound where an erase is near 2; inverses do not.
+    pair = i // 2
+    M = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    M -= tl.where((pair[:, None] == pair[None, :]) & (i[:, None] > i[None, :]), L, 0.0)
+    for level in tl.static_range(1, 6):
+        row, column = (i >> level)[:, None], (i >> level)[None, :]
+        below = tl.where((row == column + 1) & (row % 2 == 1), L, 0.0)
+        M -= product_split(product_split(M, below, PRECISION), M, PRECISION)
+    square = i[:, None] * C + i[None, :]
+    at = chunk * G + g
+    if PRECISION != "tf32":
+        tl.store(inverse_ptr + at * C * C + square, M)
+    else:
+        high, low = halves(M)
+        tl.store(inverse_ptr + at * 2 * C * C + square, high)
+        tl.store(inverse_ptr + (at * 2 + 1) * C * C + square, low)
 
 
 @triton.jit
@@ -233,7 +260,7 @@ def _scan(
         cell = f[:, None] * width + columns[None, :]
         rows, tokens = i[:, None] * (G * F) + f[None, :], i[:, None] * (G * width) + columns[None, :]
         causal = i[:, None] >= i[None, :]
-        heads = tl.minimum(m - part * BM, BM)
+        kind = k_ptr.dtype.element_ty
         S = tl.load(state_ptr + (n * G + g) * F * width + cell, mask=own[None, :], other=0.0)
         for c in range(0, last - first):
             start = begin + c * C
@@ -241,34 +268,46 @@ def _scan(
             at = (first + c).to(tl.int64) * G + g
             shift, there = start * (G * F) + g * F, start * (G * width) + g * width
             real = (i < length)[:, None]
+            scales = at * m * C + (i[:, None] * m + head[None, :])
+            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
+            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
+            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
+            w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0)
+            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
-            w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0).to(tl.float32)
-            M = tl.load(inverse_ptr + at * C * C + (i[:, None] * C + i[None, :]))
-            scales = at * m * C + (i[:, None] * m + head[None, :])
-            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
-            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
-            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)
-            total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)
-            carry, tail = down * edge[None, :], up * edge[None, :]
-            decays = decay_ptr + start * (G * m) + g * m + part * BM
-            Sr = narrow(S, k.dtype)
+            S = _scaled(S, edge, BM)
+            Sr = narrow(S, kind)
             if KEEP:
                 tl.store(before_ptr + at * F * width + cell, Sr, mask=own[None, :])
-            R = w - _scaled(product(e, Sr, PRECISION), carry, BM)
-            U = _inner(M, R, up, down, decays, G * m, length, heads, WILD, False, BM, C, FLOOR, PRECISION)
+            seen = product(e, Sr, PRECISION)
+            A = tl.where(causal, product(q, tl.trans(k), PRECISION), 0.0)
+            if WILD:
+                total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)[None, :]
+                decays = decay_ptr + start * (G * m) + g * m + part * BM
+                heads = tl.minimum(m - part * BM, BM)
+                R = w.to(tl.float32) - _scaled(seen, down, BM)
+                M = _whole(M_high, M_low, PRECISION)
+                U = _inner(M, R, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+                y = _scaled(product(q, Sr, PRECISION), down, BM)
+                y += _inner(A, U, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+                S = _scaled(S, total / edge, BM)
+                S = product_onto(S, tl.trans(k), narrow(_scaled(U, up * edge, BM), kind), PRECISION)
+            else:
+                R = _scaled(w.to(tl.float32), up, BM) - seen
+                U = product_halves(M_high, M_low, R, PRECISION)
+                Ur = narrow(U, kind)
+                y = product_onto(product(q, Sr, PRECISION), narrow(A, kind), Ur, PRECISION)
+                y = _scaled(y, down, BM)
+                S = _scaled(product_onto(S, tl.trans(k), Ur, PRECISION), edge, BM)
+                U = _scaled(U, down, BM)
             tl.store(
                 residual_ptr + start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :]),
                 _head_sums(U * U, BM),
                 mask=real & known[None, :],
             )
-            A = tl.where(causal, product(q, tl.trans(k), PRECISION), 0.0)
-            y = _scaled(product(q, Sr, PRECISION), carry, BM)
-            y += _inner(A, U, up, down, decays, G * m, length, heads, WILD, False, BM, C, FLOOR, PRECISION)
             tl.store(y_ptr + there + tokens, narrow(y, y_ptr.dtype.element_ty), mask=real & own[None, :])
-            S = _scaled(S, total[None, :], BM)
-            S = product_onto(S, tl.trans(k), narrow(_scaled(U, tail, BM), k.dtype), PRECISION)
         tl.store(after_ptr + (n * G + g) * F * width + cell, S, mask=own[None, :])
 
 
@@ -294,7 +333,7 @@ def _scan_back(
         cell = f[:, None] * width + columns[None, :]
         rows, tokens = i[:, None] * (G * F) + f[None, :], i[:, None] * (G * width) + columns[None, :]
         later = i[:, None] <= i[None, :]  # transposed: row j, column i >= j
-        heads = tl.minimum(m - part * BM, BM)
+        kind = k_ptr.dtype.element_ty
         dS = tl.load(dafter_ptr + (n * G + g) * F * width + cell, mask=own[None, :], other=0.0)
         for step in range(0, last - first):
             c = last - first - 1 - step
@@ -304,43 +343,66 @@ def _scan_back(
             shift, there = start * (G * F) + g * F, start * (G * width) + g * width
             real = (i < length)[:, None]
             inside = real & own[None, :]
-            q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
-            k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
-            e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
-            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             scales = at * m * C + (i[:, None] * m + head[None, :])
-            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
+            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
             up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
-            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)
-            total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)
-            carry, tail = down * edge[None, :], up * edge[None, :]
+            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
+            dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
+            k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
+            q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
+            e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
+            gate = start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :])
             decays = decay_ptr + start * (G * m) + g * m + part * BM
-            dSr = narrow(dS, k.dtype)
+            heads = tl.minimum(m - part * BM, BM)
+            dg = _head_sums(dy * y, BM)
+            if WILD:
+                dS = _scaled(dS, edge, BM)
+            else:
+                dS, dy = _scaled(dS, edge, BM), _scaled(dy, down, BM)
+            dSr = narrow(dS, kind)
             tl.store(dafters_ptr + at * F * width + cell, dSr, mask=own[None, :])
             A_t = tl.where(later, product(k, tl.trans(q), PRECISION), 0.0)
-            dU = _scaled(product(k, dSr, PRECISION), tail, BM)
-            dU += _inner(A_t, dy, down, up, decays, G * m, length, heads, WILD, True, BM, C, FLOOR, PRECISION)
-            gate = start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :])
-            dg = _head_sums(dy * y, BM)
+            dU = product(k, dSr, PRECISION)
+            if WILD:
+                dU = _scaled(dU, up, BM)
+                dU += _inner(A_t, dy, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
+                dyr = narrow(_scaled(dy, down, BM), kind)
+            else:
+                dyr = narrow(dy, kind)
+                dU = product_onto(dU, narrow(A_t, kind), dyr, PRECISION)
             if RESIDUAL:
                 S = tl.load(before_ptr + at * F * width + cell, mask=own[None, :], other=0.0)
-                M = tl.load(inverse_ptr + at * C * C + (i[:, None] * C + i[None, :]))
-                R = w - _scaled(product(e, S, PRECISION), carry, BM)
-                U = _inner(M, R, up, down, decays, G * m, length, heads, WILD, False, BM, C, FLOOR, PRECISION)
                 residual = tl.load(residual_ptr + gate, mask=real & known[None, :], other=0.0)
                 dresidual = 2.0 * tl.load(dresidual_ptr + gate, mask=real & known[None, :], other=0.0)
-                dU += _scaled(U, dresidual, BM)
                 dg += residual * dresidual
-            M_t = tl.load(inverse_ptr + at * C * C + (i[None, :] * C + i[:, None]))
-            dR = _inner(M_t, dU, down, up, decays, G * m, length, heads, WILD, True, BM, C, FLOOR, PRECISION)
-            tl.store(dw_ptr + there + tokens, narrow(dR, dw_ptr.dtype.element_ty), mask=inside)
+                seen = product(e, S, PRECISION)
+                if WILD:
+                    R = w - _scaled(seen, down, BM)
+                    M = _whole(M_high, M_low, PRECISION)
+                    U = _inner(M, R, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+                    dU += _scaled(U, dresidual, BM)
+                else:
+                    U = product_halves(M_high, M_low, _scaled(w, up, BM) - seen, PRECISION)
+                    dU += _scaled(_scaled(U, down, BM), down * dresidual, BM)
+            if WILD:
+                total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)[None, :]
+                M_t = tl.trans(_whole(M_high, M_low, PRECISION))
+                dW = _inner(M_t, dU, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
+                dS = _scaled(dS, total / edge, BM)
+                inner = product(tl.trans(q), dyr, PRECISION)
+                inner = product_onto(inner, tl.trans(e), narrow(_scaled(dW, -down, BM), kind), PRECISION)
+                dS += _scaled(inner, edge, BM)
+            else:
+                dR = product_halves(tl.trans(M_high), tl.trans(M_low), dU, PRECISION)
+                dW = _scaled(dR, up, BM)
+                dS = product_onto(dS, tl.trans(q), dyr, PRECISION)
+                dS = _scaled(product_onto(dS, tl.trans(e), narrow(-dR, kind), PRECISION), edge, BM)
+            tl.store(dw_ptr + there + tokens, narrow(dW, dw_ptr.dtype.element_ty), mask=inside)
             # dg_i = dO_i . O_i - dW_i . W_i + 2 rho_i drho_i; <dS', S'> at the end of the chunk is added later.
-            tl.store(dg_ptr + gate, dg - _head_sums(dR * w, BM), mask=real & known[None, :])
-            dS = _scaled(dS, total[None, :], BM)
-            dS = product_onto(dS, tl.trans(q), narrow(_scaled(dy, carry, BM), q.dtype), PRECISION)
-            dS = product_onto(dS, tl.trans(e), narrow(_scaled(dR, -carry, BM), e.dtype), PRECISION)
+            tl.store(dg_ptr + gate, dg - _head_sums(dW * w, BM), mask=real & known[None, :])
         tl.store(dbefore_ptr + (n * G + g) * F * width + cell, dS, mask=own[None, :])
 
 
@@ -377,10 +439,9 @@ def _gradients(
             scales = at * m * C + (i[:, None] * m + head[None, :])
             down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
             up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
-            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)
-            total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)
-            carry, tail = down * edge[None, :], up * edge[None, :]
             decays = decay_ptr + start * (G * m) + g * m + part * BM
+            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
+            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             seen, pushed = tl.zeros((C, BM * BV), tl.float32), tl.zeros((C, BM * BV), tl.float32)
             kept = tl.zeros((BM * BV,), tl.float32)
             for a in tl.static_range(0, F, BF):
@@ -392,48 +453,62 @@ def _gradients(
                 dS = tl.load(dafters_ptr + state + cell, mask=own[None, :], other=0.0)
                 pushed = product_onto(pushed, k, dS, PRECISION)
                 kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
-            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            M = tl.load(inverse_ptr + at * C * C + (i[:, None] * C + i[None, :]))
-            R = w - _scaled(seen, carry, BM)
-            U = _inner(M, R, up, down, decays, G * m, length, heads, WILD, False, BM, C, FLOOR, PRECISION)
+            ended = tl.sum(tl.reshape(kept, (BM, BV)), 1)  # <dS', S'> at the end of the chunk
+            if WILD:
+                M = _whole(M_high, M_low, PRECISION)
+                R = w - _scaled(seen, down, BM)
+                U = _inner(M, R, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+                late = _scaled(U, up, BM)
+                ended *= tl.load(total_ptr + at * m + head, mask=known, other=0.0)
+            else:
+                U = product_halves(M_high, M_low, _scaled(w, up, BM) - seen, PRECISION)
+                late = U
             if block == 0:
                 gate = start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :])
                 dg = tl.load(dg_ptr + gate, mask=real & known[None, :], other=0.0)
-                ended = tl.sum(_head_sums(U * pushed, BM) * tail, 0)
-                ended += total * tl.sum(tl.reshape(kept, (BM, BV)), 1)
+                ended += tl.sum(_head_sums(late * pushed, BM), 0)
                 dg += tl.where((i == C - 1)[:, None], ended[None, :], 0.0)
                 back = tl.sum(dg, 0)[None, :] - tl.cumsum(dg, 0) + dg  # sum over i >= t
                 d = tl.load(decay_ptr + gate, mask=real & known[None, :], other=0.0)
                 tl.store(dg_ptr + gate, tl.where(d < FLOOR, 0.0, back), mask=real & known[None, :])
             # One gradient after the other, the last part's with its store: so that few tiles live at once.
             cell = (block * BF + f)[:, None] * width + columns[None, :]
+            Ur = narrow(late, kind)
             S = tl.load(before_ptr + state + cell, mask=own[None, :], other=0.0)
             k = tl.load(k_ptr + places, mask=real, other=0.0)
             dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            dA = _outer(dA, dy, U, down, up, decays, G * m, length, heads, kind, WILD, False, BM, C, FLOOR, PRECISION)
-            dq = product_onto(dq, narrow(_scaled(dy, carry, BM), kind), tl.trans(S), PRECISION)
+            dyr = narrow(_scaled(dy, down, BM), kind)
+            if WILD:
+                dA = _outer(dA, dy, U, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+            else:
+                dA = product_onto(dA, dyr, tl.trans(Ur), PRECISION)
+            dq = product_onto(dq, dyr, tl.trans(S), PRECISION)
             if part == PARTS - 1:
                 dq = product_onto(dq, narrow(tl.where(i[:, None] >= i[None, :], dA, 0.0), kind), k, PRECISION)
                 tl.store(dq_ptr + places, narrow(dq, kind), mask=real)
-            dR = tl.load(dw_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            dL = _outer(dL, dR, U, down, up, decays, G * m, length, heads, kind, WILD, False, BM, C, FLOOR, PRECISION)
-            de = product_onto(de, narrow(_scaled(dR, -carry, BM), kind), tl.trans(S), PRECISION)
+            dR = -tl.load(dw_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            dRr = narrow(_scaled(dR, down, BM), kind)
+            if WILD:
+                dL = _outer(dL, dR, U, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+            else:
+                dL = product_onto(dL, dRr, tl.trans(Ur), PRECISION)
+            de = product_onto(de, dRr, tl.trans(S), PRECISION)
             if part == PARTS - 1:
-                de = product_onto(de, narrow(tl.where(i[:, None] > i[None, :], -dL, 0.0), kind), k, PRECISION)
+                de = product_onto(de, narrow(tl.where(i[:, None] > i[None, :], dL, 0.0), kind), k, PRECISION)
                 tl.store(de_ptr + places, narrow(de, kind), mask=real)
             dS = tl.load(dafters_ptr + state + cell, mask=own[None, :], other=0.0)
-            dk = product_onto(dk, narrow(_scaled(U, tail, BM), kind), tl.trans(dS), PRECISION)
-            dA_t = _outer(
-                dA_t, U, dy, up, down, decays, G * m, length, heads, kind, WILD, True, BM, C, FLOOR, PRECISION
-            )
-            dL_t = _outer(
-                dL_t, U, dR, up, down, decays, G * m, length, heads, kind, WILD, True, BM, C, FLOOR, PRECISION
-            )
+            dk = product_onto(dk, Ur, tl.trans(dS), PRECISION)
+            if WILD:
+                dA_t = _outer(dA_t, U, dy, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
+                dL_t = _outer(dL_t, U, dR, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
+            else:
+                dA_t = product_onto(dA_t, Ur, tl.trans(dyr), PRECISION)
+                dL_t = product_onto(dL_t, Ur, tl.trans(dRr), PRECISION)
             if part == PARTS - 1:
                 q = tl.load(q_ptr + places, mask=real, other=0.0)
                 dk = product_onto(dk, narrow(tl.where(i[:, None] <= i[None, :], dA_t, 0.0), kind), q, PRECISION)
                 e = tl.load(e_ptr + places, mask=real, other=0.0)
-                dk = product_onto(dk, narrow(tl.where(i[:, None] < i[None, :], -dL_t, 0.0), kind), e, PRECISION)
+                dk = product_onto(dk, narrow(tl.where(i[:, None] < i[None, :], dL_t, 0.0), kind), e, PRECISION)
                 tl.store(dk_ptr + places, narrow(dk, kind), mask=real)
 
 
@@ -496,7 +571,8 @@ def tiles(F: int, m: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, int
     scan = _Sizes.of(m, V, STATE_NUMBERS // less // F).constants(m, V)
     BF = min(F, FEATURES // less)
     return {
-        "_prepare": {"F": F, "BF": min(F, 64), "m": m, "BM": triton.next_power_of_2(m), "C": CHUNK, "BLOCK": BLOCK},
+        "_decays": {"m": m, "BM": triton.next_power_of_2(m), "C": CHUNK},
+        "_inverse": {"F": F, "BF": min(F, 128), "C": CHUNK},
         "_scan": {"F": F, "C": CHUNK, **scan},
         "_scan_back": {"F": F, "C": CHUNK, **scan},
         "_gradients": {"F": F, "BF": BF, "C": CHUNK, **_Sizes.of(m, V, COLUMNS // less).constants(m, V)},
@@ -525,9 +601,13 @@ def _forward(
     (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
     tile, layout = tiles(F, m, V, q.dtype), _layout(tuple(bounds), q.device)
     y, after, residual, before, inverse, down, up, edge, total, wild = _outputs(q, w, log_decay, state, layout, keep)
-    _prepare[(layout.chunks, G)](
-        k, e, log_decay, layout.start, layout.length, inverse, down, up, edge, total, wild, G,
-        FLOOR=RESET, LIMIT=LIMIT, **tile["_prepare"], **_precision(q.dtype), **LAUNCH["_prepare"],
+    _decays[(layout.chunks, G)](
+        log_decay, layout.start, layout.length, down, up, edge, total, wild, G,
+        FLOOR=RESET, LIMIT=limit(q.dtype), **tile["_decays"], **LAUNCH["_decays"],
+    )  # fmt: skip
+    _inverse[(layout.chunks, G)](
+        k, e, layout.start, layout.length, inverse, G,
+        **tile["_inverse"], **_precision(q.dtype), **_launch("_inverse", F),
     )  # fmt: skip
     for is_wild in (False, True):
         _scan[(state.shape[0] * tile["_scan"]["PARTS"], G)](
@@ -549,7 +629,9 @@ def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, layout: _La
         torch.empty_like(state),
         torch.empty_like(log_decay),
         fresh(chunks if keep else 0, G, F, m, V, dtype=q.dtype),
-        fresh(chunks, G, CHUNK, CHUNK),
+        fresh(chunks, G, 1, CHUNK, CHUNK)
+        if q.dtype == torch.float32
+        else fresh(chunks, G, 2, CHUNK, CHUNK, dtype=torch.bfloat16),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, m),
