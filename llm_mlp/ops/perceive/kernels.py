@@ -268,15 +268,16 @@ def _scan(
             at = (first + c).to(tl.int64) * G + g
             shift, there = start * (G * F) + g * F, start * (G * width) + g * width
             real = (i < length)[:, None]
-            scales = at * m * C + (i[:, None] * m + head[None, :])
-            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
-            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
-            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
-            w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0)
-            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
+            # The large loads first, in one flight; the small ones' ways to their places wait for each other.
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
+            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
+            w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0)
+            scales = at * m * C + (i[:, None] * m + head[None, :])
+            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
+            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
+            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
             S = _scaled(S, edge, BM)
             Sr = narrow(S, kind)
             if KEEP:
@@ -343,17 +344,17 @@ def _scan_back(
             shift, there = start * (G * F) + g * F, start * (G * width) + g * width
             real = (i < length)[:, None]
             inside = real & own[None, :]
-            scales = at * m * C + (i[:, None] * m + head[None, :])
-            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
-            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
-            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
-            dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
+            M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
+            dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            scales = at * m * C + (i[:, None] * m + head[None, :])
+            up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
+            down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
+            edge = tl.load(edge_ptr + at * m + head, mask=known, other=0.0)[None, :]
             gate = start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :])
             decays = decay_ptr + start * (G * m) + g * m + part * BM
             heads = tl.minimum(m - part * BM, BM)
