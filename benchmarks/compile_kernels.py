@@ -28,7 +28,7 @@ INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", 
     "used_ptr": "*i8"
 }
 # Pointers to tensors in the inputs' dtype; all others are float32.
-NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "slot_k", "slot_w", "before", "dafters", "inverse"}
+NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 
 
 def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
@@ -37,7 +37,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
         if name in constants:
             kinds[name] = "constexpr"
         elif name in INTEGERS:
-            wide = name == "start_ptr" and "used_ptr" in kernel.arg_names
+            wide = name == "start_ptr" and "slot_ptr" in kernel.arg_names
             kinds[name] = "*i64" if wide else INTEGERS[name]
         elif name.endswith("_ptr"):
             kinds[name] = "*bf16" if name.removesuffix("_ptr") in NARROW else "*fp32"
@@ -71,6 +71,11 @@ def show(kernel: Any, constants: dict[str, Any], warps: int, stages: int, capabi
     )
 
 
+def _tiles(kernel: Any) -> dict[str, int]:
+    launch = memorise.LAUNCH[kernel.fn.__name__]
+    return {"BQ": launch["BQ"], "BK": launch["BK"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=128)
@@ -82,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     tile = perceive.tiles(args.features, args.heads, args.value_width, torch.bfloat16)
     more = {"PRECISION": "tf32", "FLOOR": perceive.RESET}
-    rows = {"R": args.features, "BW": args.heads * args.value_width, "BQ": memorise.QUERIES, "BK": memorise.ROWS}
+    rows = {"R": args.features, "BW": args.heads * args.value_width, "CARRIED": False}
     for warps in map(int, args.warps.split(",")):
         for kernel, constants in (
             (perceive._decays, {"LIMIT": perceive.limit(torch.bfloat16)}),

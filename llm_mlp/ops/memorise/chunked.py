@@ -19,6 +19,7 @@ from llm_mlp.ops.memorise.units import Units, ranked, take_rows
 
 # Scores of a batch of blocks are [.., block, slots + block]; more than this many numbers are read in several goes.
 _READ_NUMBERS = 2**28
+Rank = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Pool(NamedTuple):
@@ -33,14 +34,18 @@ class Pool(NamedTuple):
 
     def take(self, place: Tensor, used: Tensor) -> Tensor:
         """The rows at ``place [..., G, S]`` -> ``[..., G, S, X]``, zero where not ``used``."""
-        piece = (place - self.base).clamp(min=0)
-        # A place that is not used may lie behind the last row.
-        row = (self.start[piece // self.block] + piece % self.block).clamp(max=self.rows.shape[0] - 1)
+        row = self.rows_at(place)
         if self.carried is None:
             return self.gather(self.rows, row, used)
         kept = used & (place < self.base)
         carried = self.gather(self.carried, place.clamp(max=self.base - 1), kept)
         return carried + self.gather(self.rows, row, used & ~kept)  # one of them is zero
+
+    def rows_at(self, place: Tensor) -> Tensor:
+        """The row of ``rows`` for each place that is not a carried slot."""
+        piece = (place - self.base).clamp(min=0)
+        # A place that is not used may lie behind the last row.
+        return (self.start[piece // self.block] + piece % self.block).clamp(max=self.rows.shape[0] - 1)
 
 
 class Chosen(NamedTuple):
@@ -64,8 +69,17 @@ class Chosen(NamedTuple):
         )
 
 
-def choose(score: Tensor, units: Units, block: int, slots: int, bounds: list[int] | None, fresh: bool) -> Chosen:
-    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block."""
+def choose(
+    score: Tensor,
+    units: Units,
+    block: int,
+    slots: int,
+    bounds: list[int] | None,
+    fresh: bool,
+    rank: Rank = ranked,
+) -> Chosen:
+    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block; ``rank``: what
+    finds the best of a list, as `ranked` does."""
     B, T, G = score.shape
     N = units.length.shape[0]
     device = score.device
@@ -82,13 +96,13 @@ def choose(score: Tensor, units: Units, block: int, slots: int, bounds: list[int
     filled = torch.zeros_like(lengths) if lead is None else lead
     full = (filled + lengths) // block  # blocks completed
     order = torch.arange(N, device=device) if layout.order is None else layout.order
-    rank = order if layout.rank is None else layout.rank
-    seen, last, tops = _choose_slots(scores, units.scores[order][:, :, :slots], layout.rounds, order, full[order])
-    top = tops[1][rank]
+    turn = order if layout.rank is None else layout.rank
+    seen, last, tops = _choose_slots(scores, units.scores[order][:, :, :slots], layout.rounds, order, full[order], rank)
+    top = tops[1][turn]
 
     # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
     starts = torch.tensor([*layout.starts, 0], device=device)
-    piece = (starts[full.clamp(max=len(layout.rounds))] + rank).clamp(max=layout.count - 1)  # [N]
+    piece = (starts[full.clamp(max=len(layout.rounds))] + turn).clamp(max=layout.count - 1)  # [N]
     rows = torch.arange(block, device=device)
     opened = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
     open_place = (N * slots + piece[:, None] * block + rows)[:, None].expand(N, G, block)
@@ -96,7 +110,7 @@ def choose(score: Tensor, units: Units, block: int, slots: int, bounds: list[int
         layout,
         seen,
         tops[0] > -torch.inf,
-        torch.cat([last[rank], open_place], -1),
+        torch.cat([last[turn], open_place], -1),
         torch.cat([top > -torch.inf, opened[:, None].expand(N, G, block)], -1),
         torch.cat([top, torch.where(opened[:, None], scores[piece], -torch.inf)], -1),
         units.length + lengths,
@@ -109,7 +123,7 @@ def lead_rows(carried: Tensor, slots: int, fresh: bool) -> Tensor | None:
 
 
 def _choose_slots(
-    scores: Tensor, carried: Tensor, rounds: list[int], order: Tensor, full: Tensor
+    scores: Tensor, carried: Tensor, rounds: list[int], order: Tensor, full: Tensor, rank: Rank
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The slots before each block and after the last full one: places in the pool, and scores.
 
@@ -118,7 +132,8 @@ def _choose_slots(
 
     Args:
         scores: of the blocks' rows ``[b, G, block]``. carried: of the carried slots ``[N, G, slots]``, longest
-            sequence first. rounds: blocks of each round. order: the sequences, longest first. full: their full blocks.
+            sequence first. rounds: blocks of each round. order: the sequences, longest first. full: their full
+            blocks. rank: as of `choose`.
 
     Returns:
         Places ``[b, G, slots]`` and ``[N, G, slots]`` (longest first), and the scores of both.
@@ -132,7 +147,7 @@ def _choose_slots(
     turn = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes, output_size=N + b)
     row = torch.arange(N + b, device=device) - starts[turn]
     done = turn[N:] <= full[row[N:]]  # an open block is not taken in
-    pick, best = ranked(torch.where(done[:, None, None], scores, -torch.inf), slots)
+    pick, best = rank(torch.where(done[:, None, None], scores, -torch.inf), slots)
     own = N * slots + torch.arange(b, device=device)[:, None, None] * block + pick
     place = torch.cat([(order[:, None, None] * slots + torch.arange(slots, device=device)).expand(N, G, slots), own])
     top = torch.cat([carried, best])
@@ -140,7 +155,7 @@ def _choose_slots(
     while step <= len(rounds):
         cut = ends[step - 1]  # elements of earlier rounds are complete
         before = starts[turn[cut:] - step] + row[cut:]
-        pick, merged = ranked(torch.cat([top[before], top[cut:]], -1), slots)
+        pick, merged = rank(torch.cat([top[before], top[cut:]], -1), slots)
         both = torch.cat([place[before], place[cut:]], -1).gather(-1, pick)
         place, top = torch.cat([place[:cut], both]), torch.cat([top[:cut], merged])
         step *= 2

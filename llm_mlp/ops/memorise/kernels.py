@@ -1,14 +1,17 @@
 """The read of `memorise` as Triton kernels: forward and backward, a tile of scores at a time on chip.
 
-Which rows are read is chosen as in `llm_mlp.ops.memorise.chunked` (sorts of scores, no host synchronisation). Queries
-lie where their tokens lie; the slots of each block are gathered into a buffer of their own.
+Which rows are read is chosen as in `llm_mlp.ops.memorise.chunked`, with a kernel for its sorts and no host
+synchronisation. Queries and rows lie where their tokens lie; a block's slots are read there too, by their places.
 
+- ``_rank``       (list of scores): the best of them, in order, ties by age
 - ``_read``       (block, group, tile of queries): y, and the normaliser of each query
 - ``_read_back``  (block, group, tile of queries): dq, the sink's gradient, and dy . y for the next
-- ``_rows_back``  (block, group, tile of rows): dk and dw of the slots and of the block's own rows
+- ``_rows_back``  (block, group, tile of rows): dk and dw of the block's own rows, and what the slots' rows owe
+- ``_collect``    (run of equal places): what a row owes in all the blocks it held a slot in, summed in their order
+- ``_copy``       (tile of rows): rows from their places
 
-A token's row collects the gradients of the blocks in which it held a slot through a sorted accumulation: no atomics,
-two runs give equal bits. Products whose transpose is needed are computed transposed (see perceive/kernels.py).
+No atomics: two runs give equal bits. Products whose transpose is needed are computed transposed (see
+perceive/kernels.py).
 """
 
 from __future__ import annotations
@@ -25,46 +28,80 @@ from llm_mlp.ops.memorise.chunked import choose, is_fresh, lead_rows, only_lengt
 from llm_mlp.ops.memorise.units import Units
 from llm_mlp.ops.tiles import exponential, narrow, product, product_onto
 
-QUERIES = 64  # a tile
-ROWS = 64
-# How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
+# How each kernel is launched, and its tiles of queries and rows; benchmarks/tune_kernels.py checks and times others.
 LAUNCH: dict[str, dict[str, int]] = {
-    "_read": {"num_warps": 4},
-    "_read_back": {"num_warps": 4},
-    "_rows_back": {"num_warps": 4},
+    "_read": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+    "_read_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+    "_rows_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
 }
+EMPTY = -1  # a slot without a row; below it, -2 - n is the n-th carried row
 
 
 @triton.jit
-def _tile(
-    t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
-    G, slots, width, R: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+def _slot_tile(
+    t, at, g, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, G, slots, width,
+    R: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the ``t``-th tile of rows (the slots' tiles, then the block's own), their places in the slots
-    or in the block, and whether they hold a token."""
-    j, r, c = tl.arange(0, BK), tl.arange(0, R), tl.arange(0, BW)
-    if t < slot_tiles:
-        row = t * BK + j
-        base = (block * G + g) * slots
-        held = (row < slots) & (tl.load(used_ptr + base + row, mask=row < slots, other=0) != 0)
-        whole = held[:, None] & (c < width)[None, :]
-        k = tl.load(slot_k_ptr + base * R + (row[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-        w = tl.load(slot_w_ptr + base * width + (row[:, None] * width + c[None, :]), mask=whole, other=0.0)
+    """Keys and values of the ``t``-th tile of a block's slots, and whether they hold a row."""
+    r, c = tl.arange(0, R), tl.arange(0, BW)
+    n = t * BK + tl.arange(0, BK)
+    place = tl.load(slot_ptr + at * slots + n, mask=n < slots, other=-1)
+    row = place.to(tl.int64) * G + g
+    own = (place >= 0)[:, None]
+    k = tl.load(k_ptr + (row * R)[:, None] + r[None, :], mask=own, other=0.0)
+    w = tl.load(w_ptr + (row * width)[:, None] + c[None, :], mask=own & (c < width)[None, :], other=0.0)
+    if CARRIED:
+        row = (-2 - place).to(tl.int64) * G + g
+        old = (place < -1)[:, None]
+        old_k = tl.load(old_k_ptr + (row * R)[:, None] + r[None, :], mask=old, other=0.0)
+        old_w = tl.load(old_w_ptr + (row * width)[:, None] + c[None, :], mask=old & (c < width)[None, :], other=0.0)
+        k, w = tl.where(old, old_k, k), tl.where(old, old_w, w)
+    return k, w, place != -1
+
+
+@triton.jit
+def _own_tile(
+    t, first, length, k_ptr, w_ptr, G, width, R: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Keys and values of the ``t``-th tile of a block's own rows, and their places in the block."""
+    r, c = tl.arange(0, R), tl.arange(0, BW)
+    row = t * BK + tl.arange(0, BK)
+    held = (row < length)[:, None]
+    k = tl.load(k_ptr + first * R + ((row * G)[:, None] * R + r[None, :]), mask=held, other=0.0)
+    whole = held & (c < width)[None, :]
+    w = tl.load(w_ptr + first * width + ((row * G)[:, None] * width + c[None, :]), mask=whole, other=0.0)
+    return k, w, row
+
+
+@triton.jit
+def _take_in(
+    q, k, w, seen, top, total, y, scale, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The read of one more tile of rows: the highest score, the normaliser and the sum so far."""
+    z = product(q, tl.trans(k), PRECISION) * scale
+    if SOFTMAX:
+        higher = tl.maximum(top, tl.max(tl.where(seen, z, -float("inf")), 1))
+        p = tl.where(seen, exponential(z - higher[:, None]), 0.0)
+        shrink = exponential(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        y = y * shrink[:, None]
+        top = higher
     else:
-        row = (t - slot_tiles) * BK + j
-        base = start * G + g
-        held = row < length
-        whole = held[:, None] & (c < width)[None, :]
-        k = tl.load(k_ptr + base * R + ((row * G)[:, None] * R + r[None, :]), mask=held[:, None], other=0.0)
-        w = tl.load(w_ptr + base * width + ((row * G)[:, None] * width + c[None, :]), mask=whole, other=0.0)
-    return k, w, row, held
+        z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+        p = z * z
+        total += tl.sum(p, 1)
+    if WIDE:  # float16 cannot hold z^2
+        y = product_onto(y, p, w.to(tl.float32), PRECISION)
+    else:
+        y = product_onto(y, narrow(p, w.dtype), w, PRECISION)
+    return top, total, y
 
 
 @triton.jit
 def _read(
-    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, sink_ptr, start_ptr, length_ptr,
+    q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, sink_ptr, start_ptr, length_ptr,
     y_ptr, norm_ptr, G, slots, width, scale,
-    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CARRIED: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -79,30 +116,16 @@ def _read(
         top = tl.zeros((BQ,), tl.float32) + sink
         total = tl.zeros((BQ,), tl.float32) + (1.0 if SOFTMAX else exponential(sink))
         y = tl.zeros((BQ, BW), tl.float32)
-        own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
-        slot_tiles = (slots + BK - 1) // BK
-        for t in range(0, slot_tiles + own_tiles):
-            k, w, row, held = _tile(
-                t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
-                G, slots, width, R, BW, BK,
-            )  # fmt: skip
-            seen = held[None, :] & real[:, None] & ((t < slot_tiles) | (row[None, :] <= i[:, None]))
-            z = product(q, tl.trans(k), PRECISION) * scale
-            if SOFTMAX:
-                higher = tl.maximum(top, tl.max(tl.where(seen, z, -float("inf")), 1))
-                p = tl.where(seen, exponential(z - higher[:, None]), 0.0)
-                shrink = exponential(top - higher)
-                total = total * shrink + tl.sum(p, 1)
-                y = y * shrink[:, None]
-                top = higher
-            else:
-                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
-                p = z * z
-                total += tl.sum(p, 1)
-            if WIDE:  # float16 cannot hold z^2
-                y = product_onto(y, p, w.to(tl.float32), PRECISION)
-            else:
-                y = product_onto(y, narrow(p, w.dtype), w, PRECISION)
+        for t in range(0, (slots + BK - 1) // BK):
+            k, w, held = _slot_tile(
+                t, block * G + g, g, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, G, slots, width, R, BW, BK, CARRIED
+            )
+            seen = held[None, :] & real[:, None]
+            top, total, y = _take_in(q, k, w, seen, top, total, y, scale, SOFTMAX, PRECISION, WIDE)
+        for t in range(0, (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK):
+            k, w, row = _own_tile(t, first, length, k_ptr, w_ptr, G, width, R, BW, BK)
+            seen = (row[None, :] <= i[:, None]) & real[:, None]
+            top, total, y = _take_in(q, k, w, seen, top, total, y, scale, SOFTMAX, PRECISION, WIDE)
         y = y / total[:, None]
         tl.store(
             y_ptr + first * width + (tokens[:, None] * width + c[None, :]),
@@ -113,10 +136,27 @@ def _read(
 
 
 @triton.jit
+def _owed(
+    q, k, w, dy, seen, norm, both, exact, dq, scale, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """What queries owe to one more tile of rows: dq so far, and dy . y before rounding."""
+    z = product(q, tl.trans(k), PRECISION) * scale
+    worth = product(dy, tl.trans(w), PRECISION)
+    if SOFTMAX:
+        p = tl.where(seen, exponential(tl.where(seen, z - norm[:, None], 0.0)), 0.0)
+        dz = p * (worth - both[:, None])
+    else:
+        z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+        p = z * z / norm[:, None]
+        dz = 2.0 * z * (worth - both[:, None]) / norm[:, None]
+    return exact + tl.sum(p * worth, 1), product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
+
+
+@triton.jit
 def _read_back(
-    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, sink_ptr, start_ptr, length_ptr,
+    q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, sink_ptr, start_ptr, length_ptr,
     y_ptr, norm_ptr, dy_ptr, dq_ptr, dot_ptr, dsink_ptr, G, slots, width, scale,
-    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CARRIED: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -131,34 +171,23 @@ def _read_back(
         first, tokens = start * G + g, i * G
         whole = real[:, None] & inside[None, :]
         q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
-        y = tl.load(y_ptr + first * width + (tokens[:, None] * width + c[None, :]), mask=whole, other=0.0).to(
-            tl.float32
-        )
+        y = tl.load(y_ptr + first * width + (tokens[:, None] * width + c[None, :]), mask=whole, other=0.0)
         dy = tl.load(dy_ptr + first * width + (tokens[:, None] * width + c[None, :]), mask=whole, other=0.0)
         norm = tl.load(norm_ptr + first + tokens, mask=real, other=1.0)
         sink = tl.load(sink_ptr + g).to(tl.float32)
-        both = tl.sum(dy.to(tl.float32) * y, 1)  # dy . y, y as rounded
+        both = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)  # dy . y, y as rounded
         exact = tl.zeros((BQ,), tl.float32)  # the same before rounding
         dq = tl.zeros((BQ, R), tl.float32)
-        own_tiles = (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK
-        slot_tiles = (slots + BK - 1) // BK
-        for t in range(0, slot_tiles + own_tiles):
-            k, w, row, held = _tile(
-                t, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
-                G, slots, width, R, BW, BK,
-            )  # fmt: skip
-            seen = held[None, :] & real[:, None] & ((t < slot_tiles) | (row[None, :] <= i[:, None]))
-            z = product(q, tl.trans(k), PRECISION) * scale
-            worth = product(dy, tl.trans(w), PRECISION)
-            if SOFTMAX:
-                p = tl.where(seen, exponential(tl.where(seen, z - norm[:, None], 0.0)), 0.0)
-                dz = p * (worth - both[:, None])
-            else:
-                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
-                p = z * z / norm[:, None]
-                dz = 2.0 * z * (worth - both[:, None]) / norm[:, None]
-            exact += tl.sum(p * worth, 1)
-            dq = product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
+        for t in range(0, (slots + BK - 1) // BK):
+            k, w, held = _slot_tile(
+                t, block * G + g, g, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, G, slots, width, R, BW, BK, CARRIED
+            )
+            seen = held[None, :] & real[:, None]
+            exact, dq = _owed(q, k, w, dy, seen, norm, both, exact, dq, scale, SOFTMAX, PRECISION)
+        for t in range(0, (tl.minimum(tile * BQ + BQ, length) + BK - 1) // BK):
+            k, w, row = _own_tile(t, first, length, k_ptr, w_ptr, G, width, R, BW, BK)
+            seen = (row[None, :] <= i[:, None]) & real[:, None]
+            exact, dq = _owed(q, k, w, dy, seen, norm, both, exact, dq, scale, SOFTMAX, PRECISION)
         tl.store(dot_ptr + first + tokens, exact, mask=real)
         silent = exponential(sink - norm) if SOFTMAX else exponential(sink) / norm  # the sink's share
         tl.store(dsink_ptr + partial, -tl.sum(tl.where(real, exact * silent, 0.0), 0))
@@ -171,87 +200,167 @@ def _read_back(
 
 @triton.jit
 def _rows_back(
-    q_ptr, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr, start_ptr, length_ptr,
+    q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, start_ptr, length_ptr,
     norm_ptr, dy_ptr, dot_ptr, dk_ptr, dw_ptr, slot_dk_ptr, slot_dw_ptr, G, slots, width, scale,
-    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, BW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, CARRIED: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start, length = tl.load(start_ptr + block).to(tl.int64), tl.load(length_ptr + block)
     slot_tiles = (slots + BK - 1) // BK
-    r, c = tl.arange(0, R), tl.arange(0, BW)
-    inside = c < width
-    is_slot = tile < slot_tiles
-    k, w, row, held = _tile(
-        tile, slot_tiles, block, g, start, length, k_ptr, w_ptr, slot_k_ptr, slot_w_ptr, used_ptr,
-        G, slots, width, R, BW, BK,
-    )  # fmt: skip
-    begin = 0 if is_slot else (tile - slot_tiles) * BK // BQ
-    dk, dw = tl.zeros((BK, R), tl.float32), tl.zeros((BK, BW), tl.float32)
-    for t in range(begin, (length + BQ - 1) // BQ):
-        i = t * BQ + tl.arange(0, BQ)
-        real = i < length
-        first, tokens = start * G + g, i * G
-        q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
-        dy = tl.load(
-            dy_ptr + first * width + (tokens[:, None] * width + c[None, :]),
-            mask=real[:, None] & inside[None, :],
-            other=0.0,
-        )
-        norm = tl.load(norm_ptr + first + tokens, mask=real, other=1.0)
-        both = tl.load(dot_ptr + first + tokens, mask=real, other=0.0)
-        seen = held[:, None] & real[None, :] & (is_slot | (row[:, None] <= i[None, :]))
-        z = product(k, tl.trans(q), PRECISION) * scale
-        change = product(w, tl.trans(dy), PRECISION) - both[None, :]
-        if SOFTMAX:
-            p = tl.where(seen, exponential(tl.where(seen, z - norm[None, :], 0.0)), 0.0)
-            dz = p * change
+    own = tile - slot_tiles
+    if (own < 0) | (own * BK < length):
+        r, c = tl.arange(0, R), tl.arange(0, BW)
+        inside = c < width
+        at, first = block * G + g, start * G + g
+        if own < 0:  # every query sees a slot's row, or none
+            k, w, held = _slot_tile(
+                tile, at, g, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, G, slots, width, R, BW, BK, CARRIED
+            )
+            since = tl.where(held, 0, length)
         else:
-            z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
-            p = z * z / norm[None, :]
-            dz = 2.0 * z * change / norm[None, :]
-        dk = product_onto(dk, narrow(dz, q.dtype), q, PRECISION)
-        dw = product_onto(dw, narrow(p, dy.dtype), dy, PRECISION)
-    dk = dk * scale
-    if is_slot:  # rows that are not used get zeros
-        there, base = row < slots, (block * G + g) * slots
-        tl.store(slot_dk_ptr + base * R + (row[:, None] * R + r[None, :]), dk, mask=there[:, None])
-        tl.store(
-            slot_dw_ptr + base * width + (row[:, None] * width + c[None, :]), dw, mask=there[:, None] & inside[None, :]
-        )
-    else:
-        base, at = start * G + g, row * G
-        tl.store(
-            dk_ptr + base * R + (at[:, None] * R + r[None, :]), narrow(dk, dk_ptr.dtype.element_ty), mask=held[:, None]
-        )
-        tl.store(
-            dw_ptr + base * width + (at[:, None] * width + c[None, :]),
-            narrow(dw, dw_ptr.dtype.element_ty),
-            mask=held[:, None] & inside[None, :],
-        )
+            k, w, since = _own_tile(own, first, length, k_ptr, w_ptr, G, width, R, BW, BK)
+        dk, dw = tl.zeros((BK, R), tl.float32), tl.zeros((BK, BW), tl.float32)
+        for t in range(tl.maximum(own, 0) * BK // BQ, (length + BQ - 1) // BQ):
+            i = t * BQ + tl.arange(0, BQ)
+            real = i < length
+            tokens = i * G
+            q = tl.load(q_ptr + first * R + (tokens[:, None] * R + r[None, :]), mask=real[:, None], other=0.0)
+            dy = tl.load(
+                dy_ptr + first * width + (tokens[:, None] * width + c[None, :]),
+                mask=real[:, None] & inside[None, :],
+                other=0.0,
+            )
+            norm = tl.load(norm_ptr + first + tokens, mask=real, other=1.0)
+            both = tl.load(dot_ptr + first + tokens, mask=real, other=0.0)
+            seen = real[None, :] & (since[:, None] <= i[None, :])
+            z = product(k, tl.trans(q), PRECISION) * scale
+            change = product(w, tl.trans(dy), PRECISION) - both[None, :]
+            if SOFTMAX:
+                p = tl.where(seen, exponential(tl.where(seen, z - norm[None, :], 0.0)), 0.0)
+                dz = p * change
+            else:
+                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+                p = z * z / norm[None, :]
+                dz = 2.0 * z * change / norm[None, :]
+            dk = product_onto(dk, narrow(dz, q.dtype), q, PRECISION)
+            dw = product_onto(dw, narrow(p, dy.dtype), dy, PRECISION)
+        dk = dk * scale
+        row = tl.arange(0, BK)
+        if own < 0:
+            row += tile * BK
+            there = (row < slots)[:, None]
+            tl.store(slot_dk_ptr + at * slots * R + (row[:, None] * R + r[None, :]), dk, mask=there)
+            tl.store(
+                slot_dw_ptr + at * slots * width + (row[:, None] * width + c[None, :]), dw, mask=there & inside[None, :]
+            )
+        else:
+            row += own * BK
+            there = (row < length)[:, None]
+            at_k, at_w = (row * G)[:, None] * R + r[None, :], (row * G)[:, None] * width + c[None, :]
+            tl.store(dk_ptr + first * R + at_k, narrow(dk, dk_ptr.dtype.element_ty), mask=there)
+            tl.store(dw_ptr + first * width + at_w, narrow(dw, dw_ptr.dtype.element_ty), mask=there & inside[None, :])
+
+
+@triton.jit
+def _collect(
+    key_ptr, order_ptr, slot_dk_ptr, slot_dw_ptr, dk_ptr, dw_ptr, n, low, high, width,
+    R: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """The run of equal keys that begins here, if one does and its key is from ``low`` to below ``high``: its rows
+    added, in order, to row ``key - low``."""
+    at = tl.program_id(0)
+    key = tl.load(key_ptr + at)
+    begins = key != tl.load(key_ptr + at - 1, mask=at > 0, other=-1)
+    if begins & (key >= low) & (key < high):
+        r, c = tl.arange(0, R), tl.arange(0, BW)
+        inside = c < width
+        to_k, to_w = dk_ptr + (key - low).to(tl.int64) * R + r, dw_ptr + (key - low).to(tl.int64) * width + c
+        dk = tl.load(to_k).to(tl.float32)
+        dw = tl.load(to_w, mask=inside, other=0.0).to(tl.float32)
+        same = key
+        while same == key:
+            row = tl.load(order_ptr + at).to(tl.int64)
+            dk += tl.load(slot_dk_ptr + row * R + r)
+            dw += tl.load(slot_dw_ptr + row * width + c, mask=inside, other=0.0)
+            at += 1
+            same = tl.load(key_ptr + at, mask=at < n, other=-1)
+        tl.store(to_k, narrow(dk, dk_ptr.dtype.element_ty))
+        tl.store(to_w, narrow(dw, dw_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rank(score_ptr, place_ptr, best_ptr, size, slots, J: tl.constexpr, STEP: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, J)
+    score = tl.load(score_ptr + row * size + j, mask=j < size, other=-float("inf"))
+    rank = tl.zeros((J,), tl.int32)
+    for a in range(0, size, STEP):
+        i = a + tl.arange(0, STEP)
+        other = tl.load(score_ptr + row * size + i, mask=i < size, other=-float("inf"))
+        ahead = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (i[None, :] < j[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    kept = (j < size) & (rank < slots)
+    tl.store(place_ptr + row * slots + rank, j.to(tl.int64), mask=kept)
+    tl.store(best_ptr + row * slots + rank, score, mask=kept)
+
+
+@triton.jit
+def _copy(row_ptr, place_ptr, out_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr):
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BX)
+    place = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64)
+    row = place * G + (at // S) % G
+    x = tl.load(row_ptr + row[:, None] * width + c[None, :], mask=(place >= 0)[:, None] & (c < width)[None, :], other=0)
+    tl.store(out_ptr + at.to(tl.int64)[:, None] * width + c[None, :], x, mask=(at < n)[:, None] & (c < width)[None, :])
 
 
 # -- host ----------------------------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("llm_mlp::memorise_rank", mutates_args=())
+def ranked(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """As `llm_mlp.ops.memorise.units.ranked`."""
+    scores = scores.contiguous()
+    size = scores.shape[-1]
+    place = torch.zeros((*scores.shape[:-1], slots), dtype=torch.int64, device=scores.device)
+    best = torch.full(place.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
+    if rows := scores.numel() // max(size, 1) if slots else 0:
+        J = triton.next_power_of_2(size)
+        _rank[(rows,)](scores, place, best, size, slots, J=J, STEP=min(J, 32), num_warps=min(4, max(1, J // 64)))
+    return place, best
+
+
+@ranked.register_fake
+def _(scores, slots):
+    shape = (*scores.shape[:-1], slots)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+
+
 @torch.library.custom_op("llm_mlp::memorise_read", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, w: Tensor, slot_k: Tensor, slot_w: Tensor, used: Tensor, sink: Tensor,
+    q: Tensor, k: Tensor, w: Tensor, old_k: Tensor, old_w: Tensor, slot: Tensor, sink: Tensor,
     start: Tensor, length: Tensor, block: int, softmax: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k ``[P, G, R]`` and w ``[P, G, m V]`` by row; the slots' keys and values ``[b, G, slots, ...]``, whether they
-    are used (int8), sink ``[G]``, and each block's first row and number of rows: y by row and the normalisers."""
-    (P, G, R), width, slots = q.shape, w.shape[-1], slot_k.shape[2]
+    """y ``[P, G, m V]`` by row, and the normalisers ``[P, G]``.
+
+    Args:
+        q, k: ``[P, G, R]``, w: ``[P, G, m V]``, by row. old_k, old_w: carried rows ``[C, G, ...]``.
+        slot: int32 ``[b, G, slots]``, the row in each of a block's slots (`EMPTY`; below it, carried ones).
+        sink: ``[G]``. start, length: each block's first row and number of rows, at most ``block``.
+    """
+    (P, G, R), width, slots = q.shape, w.shape[-1], slot.shape[-1]
     y, norm = torch.empty_like(w), torch.empty((P, G), dtype=torch.float32, device=q.device)
-    _read[(len(start), G, triton.cdiv(block, QUERIES))](
-        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, G, slots, width, R**-0.5,
-        WIDE=q.dtype == torch.float16 and not softmax, **_sizes(q, w, softmax), **LAUNCH["_read"],
+    launch = LAUNCH["_read"]
+    _read[(len(start), G, triton.cdiv(block, launch["BQ"]))](
+        q, k, w, old_k, old_w, slot, sink, start, length, y, norm, G, slots, width, R**-0.5,
+        WIDE=q.dtype == torch.float16 and not softmax, CARRIED=len(old_k) > 0, **_sizes(q, w, softmax), **launch,
     )  # fmt: skip
     return y, norm
 
 
 @_forward.register_fake
-def _(q, k, w, slot_k, slot_w, used, sink, start, length, block, softmax):
+def _(q, k, w, old_k, old_w, slot, sink, start, length, block, softmax):
     return torch.empty_like(w), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
@@ -259,8 +368,6 @@ def _sizes(q: Tensor, w: Tensor, softmax: bool) -> dict[str, Any]:
     return {
         "R": q.shape[-1],
         "BW": max(16, triton.next_power_of_2(w.shape[-1])),
-        "BQ": QUERIES,
-        "BK": ROWS,
         "SOFTMAX": softmax,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
@@ -268,32 +375,47 @@ def _sizes(q: Tensor, w: Tensor, softmax: bool) -> dict[str, Any]:
 
 @torch.library.custom_op("llm_mlp::memorise_read_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, w: Tensor, slot_k: Tensor, slot_w: Tensor, used: Tensor, sink: Tensor,
+    q: Tensor, k: Tensor, w: Tensor, old_k: Tensor, old_w: Tensor, slot: Tensor, sink: Tensor,
     start: Tensor, length: Tensor, y: Tensor, norm: Tensor, dy: Tensor, block: int, softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, w, the slots' keys and values (float32) and sink."""
-    (_, G, R), width, slots, sizes = q.shape, w.shape[-1], slot_k.shape[2], _sizes(q, w, softmax)
+    """Gradients of q, k, w, old_k, old_w and sink."""
+    (P, G, R), width, slots, sizes = q.shape, w.shape[-1], slot.shape[-1], _sizes(q, w, softmax)
     dy = dy.contiguous()
-    tiles = triton.cdiv(block, QUERIES)
     dq, dk, dw, dot = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(norm)
+    launch = LAUNCH["_read_back"]
+    tiles = triton.cdiv(block, launch["BQ"])
     dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
+    carried = len(old_k)
     _read_back[(len(start), G, tiles)](
-        q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, dq, dot, dsink,
-        G, slots, width, R**-0.5, **sizes, **LAUNCH["_read_back"],
+        q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, dq, dot, dsink,
+        G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch,
     )  # fmt: skip
-    slot_dk = torch.empty(slot_k.shape, dtype=torch.float32, device=q.device)
-    slot_dw = torch.empty(slot_w.shape, dtype=torch.float32, device=q.device)
-    _rows_back[(len(start), G, triton.cdiv(slots, ROWS) + triton.cdiv(block, ROWS))](
-        q, k, w, slot_k, slot_w, used, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
-        G, slots, width, R**-0.5, **sizes, **LAUNCH["_rows_back"],
+    slot_dk = torch.empty((*slot.shape, R), dtype=torch.float32, device=q.device)
+    slot_dw = torch.empty((*slot.shape, width), dtype=torch.float32, device=q.device)
+    launch = LAUNCH["_rows_back"]
+    _rows_back[(len(start), G, triton.cdiv(slots, launch["BK"]) + triton.cdiv(block, launch["BK"]))](
+        q, k, w, old_k, old_w, slot, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
+        G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch,
     )  # fmt: skip
-    return dq, dk, dw, slot_dk, slot_dw, dsink.sum((0, 2)).to(sink.dtype)
+    dold_k, dold_w = torch.zeros_like(old_k), torch.zeros_like(old_w)
+    if slots:
+        # Rows in the order of their places (a stable sort keeps the blocks' order): carried ones, others, empty ones.
+        group = torch.arange(G, device=q.device, dtype=torch.int32)[:, None]
+        place = torch.where(slot < EMPTY, EMPTY - 1 - slot, carried + slot)
+        key = torch.where(slot == EMPTY, (carried + P) * G, place * G + group).flatten()
+        key, order = torch.sort(key, stable=True)
+        for low, high, to_k, to_w in ((0, carried * G, dold_k, dold_w), (carried * G, (carried + P) * G, dk, dw)):
+            if high > low:
+                _collect[(key.numel(),)](
+                    key, order, slot_dk, slot_dw, to_k, to_w, key.numel(), low, high, width,
+                    R=R, BW=sizes["BW"], num_warps=1,
+                )  # fmt: skip
+    return dq, dk, dw, dold_k, dold_w, dsink.sum((0, 2)).to(sink.dtype)
 
 
 @_backward.register_fake
-def _(q, k, w, slot_k, slot_w, used, sink, start, length, y, norm, dy, block, softmax):
-    slots = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (slot_k, slot_w))
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), *slots, torch.empty_like(sink)
+def _(q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, block, softmax):
+    return tuple(torch.empty_like(x) for x in (q, k, w, old_k, old_w, sink))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -302,8 +424,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, _):
-    dq, dk, dw, slot_dk, slot_dw, dsink = _backward(*ctx.saved_tensors, dy, ctx.block, ctx.softmax)
-    return dq, dk, dw, slot_dk, slot_dw, None, dsink, None, None, None, None
+    *rows, dsink = _backward(*ctx.saved_tensors, dy, ctx.block, ctx.softmax)
+    return *rows, None, dsink, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -311,12 +433,15 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op("llm_mlp::take_rows", mutates_args=())
 def _gather(rows: Tensor, row: Tensor, used: Tensor) -> Tensor:
-    """Rows ``[P, G, X]`` at ``row [b, G, S]`` -> ``[b, G, S, X]``, zero where not ``used``.
-
-    Backward: a row's gradients are summed in the order of the blocks (a stable sort), in float32.
-    """
-    group = torch.arange(rows.shape[1], device=rows.device)[:, None]
-    return torch.where(used[..., None], rows[row, group], 0)
+    """Rows ``[P, G, X]`` at ``row [b, G, S]`` -> ``[b, G, S, X]``, zero where not ``used``."""
+    out = rows.new_empty((*row.shape, rows.shape[-1]))
+    place = torch.where(used, row, EMPTY).to(torch.int32).contiguous()
+    if place.numel():
+        _copy[(triton.cdiv(place.numel(), 16),)](
+            rows, place, out, place.numel(), rows.shape[1], row.shape[-1], rows.shape[-1],
+            BX=triton.next_power_of_2(rows.shape[-1]), BN=16,
+        )  # fmt: skip
+    return out
 
 
 @_gather.register_fake
@@ -379,7 +504,7 @@ def memorise(
     if block == 0 or q.numel() == 0:
         return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
     fresh = empty or is_fresh(units, block)
-    chosen = choose(score, units, block, slots, bounds, fresh)
+    chosen = choose(score, units, block, slots, bounds, fresh, ranked)
     layout, heads = chosen.layout, w.shape[-2:]
     if fresh:
         start, length = _blocks(layout, block, q.device)
@@ -394,19 +519,16 @@ def memorise(
         return layout.split(x, lead).flatten(0, 1).contiguous()
 
     keys, values = pools(k, w, units, rows, start, block, slots, empty, _gather)
+    none = keys.rows.new_empty((0, *keys.rows.shape[1:])), values.rows.new_empty((0, *values.rows.shape[1:]))
+    old = none if keys.carried is None or values.carried is None else (keys.carried, values.carried)
+    slot = keys.rows_at(chosen.seen)
+    if keys.carried is not None:
+        slot = torch.where(chosen.seen < keys.base, EMPTY - 1 - chosen.seen, slot)
+    slot = torch.where(chosen.used, slot, EMPTY).to(torch.int32)
     y, _ = _forward(
-        rows(q),
-        keys.rows,
-        values.rows,
-        keys.take(chosen.seen, chosen.used).contiguous(),
-        values.take(chosen.seen, chosen.used).contiguous(),
-        chosen.used.to(torch.int8),
-        sink,
-        start,
-        length,
-        block,
-        activation == "softmax",
-    )
+        rows(q), keys.rows, values.rows, *(x.contiguous() for x in (*old, slot)), sink, start, length,
+        block, activation == "softmax",
+    )  # fmt: skip
     if fresh:
         y = y.unflatten(0, q.shape[:2])
     else:
