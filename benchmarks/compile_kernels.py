@@ -24,7 +24,7 @@ from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.perceive import kernels as perceive
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "wild_ptr"), "*i32") | {
+INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "span_ptr", "wild_ptr"), "*i32") | {
     "used_ptr": "*i8"
 }
 # Pointers to tensors in the inputs' dtype; all others are float32.
@@ -92,10 +92,12 @@ def main() -> None:
         for kernel, constants in (
             (perceive._decays, {"LIMIT": perceive.limit(torch.bfloat16)}),
             (perceive._inverse, {}),
-            (perceive._scan, {"KEEP": True, "WILD": False}),
-            (perceive._scan, {"KEEP": True, "WILD": True}),
-            (perceive._scan_back, {"RESIDUAL": False, "WILD": False}),
-            (perceive._scan_back, {"RESIDUAL": True, "WILD": True}),
+            (perceive._scan, {"KEEP": True, "ENDS": False, "WILD": False}),
+            (perceive._scan, {"KEEP": True, "ENDS": False, "WILD": True}),
+            (perceive._scan_back, {"RESIDUAL": False, "ENDS": False, "WILD": False}),
+            (perceive._scan_back, {"RESIDUAL": True, "ENDS": False, "WILD": True}),
+            (perceive._hop, {}),
+            (perceive._compose, {"BACK": True, "STEP": 64}),
             (perceive._gradients, {"WILD": False}),
             (perceive._gradients, {"WILD": True}),
         ):

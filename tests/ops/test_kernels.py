@@ -109,6 +109,34 @@ def test_perceive_decays(decay, poisoned):
     earn_perceive("plain", decay, torch.float32, seeds=2)
 
 
+@pytest.fixture
+def short_spans(monkeypatch):
+    """Sequences of four chunks and more are cut into spans of one."""
+    from llm_mlp.ops.perceive import kernels
+
+    monkeypatch.setattr(kernels, "SPAN", 64)
+    monkeypatch.setattr(kernels, "FULL", 1000)
+    assert kernels.spans_of([0, 0, 260, 270], 1) == [0, 64, 128, 192, 256, 260, 270]
+
+
+@pytest.mark.parametrize("decay", ["mild", "mixed"])
+@pytest.mark.parametrize("cu", [None, [0, 0, 3, 281, 281, 300]], ids=["whole", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_perceive_in_spans(dtype, cu, decay, poisoned, short_spans):
+    SHAPES["spans"] = (2 if cu is None else 1, 300, 1, 32, 2, 16, cu)
+    earn_perceive("spans", decay, dtype, seeds=1)
+
+
+def test_what_is_cut_into_spans():
+    from llm_mlp.ops.perceive.kernels import FULL, SPAN, spans_of
+
+    many = list(range(0, 64 * 2048 + 1, 2048))
+    assert spans_of(many, 16) == many  # enough sequences as it is
+    cut = spans_of([0, 131_072], 16)
+    assert len(cut) - 1 == FULL // 16 and all((b - a) % 64 == 0 for a, b in zip(cut[:-2], cut[1:], strict=False))
+    assert spans_of([0, 4 * SPAN - 1], 16) == [0, 4 * SPAN - 1]  # too short to gain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

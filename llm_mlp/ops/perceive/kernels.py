@@ -6,6 +6,8 @@ The mathematics is that of `llm_mlp.ops.perceive.chunked` (docs/perceive.md), fo
 - ``_inverse``     (chunk, group): M = (I + tril(E K^T, -1))^-1
 - ``_scan``        (sequence, group, part): the state through the chunks; y, the residual, the state before each chunk
 - ``_scan_back``   (sequence, group, part): the state's gradient through the chunks, last one first; dw
+- ``_hop``         (span, group, part): what a span does to a state, where sequences are cut into spans
+- ``_compose``     (sequence, group, part): the states that spans begin with, or the gradients they end with
 - ``_gradients``   (chunk, group, block of F): dq, dk, de and the decays' gradient, summed over the heads of the group
 
 A part is as many whole heads as fit a tile; everything a group's heads share (k, e, q, M) is read once for them.
@@ -23,6 +25,10 @@ is *wild*: there Gamma is made head by head, down is exp(g), up exp(g_C - g), ed
 both cases; a (sequence, group) with a wild chunk runs in the second, every other in the first, which has no branch in
 its loop.
 
+Few long sequences would leave most of the chip idle: they are cut into spans (`spans_of`). A first scan of all spans at
+once, from zero states and without reads, gives Z of S -> exp(decay) P S + Z, ``_hop`` gives P, ``_compose`` the states
+between; then the spans are sequences like others. The same backwards.
+
 Nothing that flows from a matrix unit is transposed into the first operand of another product: it is computed
 transposed, because Triton 3.4 to 3.7 miscompiles such transpositions on Hopper (flash-linear-attention issues 640 and
 984). No atomics: two runs give equal bits.
@@ -35,8 +41,11 @@ bfloat16; other operands are rounded to the inputs' dtype, sums and states are f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -52,8 +61,13 @@ LAUNCH: dict[str, dict[str, int]] = {
     "_inverse": {"num_warps": 4, "num_stages": 1},
     "_scan": {"num_warps": 4, "num_stages": 1},
     "_scan_back": {"num_warps": 4, "num_stages": 1},
+    "_hop": {"num_warps": 4, "num_stages": 1},
+    "_compose": {"num_warps": 4, "num_stages": 1},
     "_gradients": {"num_warps": 4, "num_stages": 1},
 }
+# Sequences are cut into spans of at least SPAN tokens where scans have less than half of FULL programs (two for each of
+# an H100's multiprocessors), and into as many as give FULL.
+FULL, SPAN = 264, 512
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -172,7 +186,7 @@ def _any_wild(wild_ptr, first, last, G):
 @triton.jit
 def _decays(
     decay_ptr, start_ptr, length_ptr,  # chunks: first token and tokens
-    down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr,
+    down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr,
     G, m: tl.constexpr,
     BM: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -190,16 +204,15 @@ def _decays(
         down = tl.where(resets == 0, tl.exp(sums), 0.0)
         up = tl.where(resets == all_resets[None, :], tl.exp(last[None, :] - sums), 0.0)
         edge = tl.exp(last * 0.0)
-        total = tl.where(all_resets == 0, tl.exp(last), 0.0)
+        last = tl.where(all_resets == 0, last, -float("inf"))
     else:
         down, up = tl.exp(sums - 0.5 * last[None, :]), tl.exp(0.5 * last[None, :] - sums)
         edge = tl.exp(0.5 * last)
-        total = tl.exp(last)
     group = (chunk * G + g) * m
     tl.store(down_ptr + group * C + (i[:, None] * m + h[None, :]), down.to(tl.float32), mask=(h < m)[None, :])
     tl.store(up_ptr + group * C + (i[:, None] * m + h[None, :]), up.to(tl.float32), mask=(h < m)[None, :])
     tl.store(edge_ptr + group + h, edge.to(tl.float32), mask=h < m)
-    tl.store(total_ptr + group + h, total.to(tl.float32), mask=h < m)
+    tl.store(sum_ptr + group + h, last.to(tl.float32), mask=h < m)
     tl.store(wild_ptr + chunk * G + g, wild)
 
 
@@ -240,12 +253,12 @@ def _inverse(
 
 @triton.jit
 def _scan(
-    q_ptr, k_ptr, e_ptr, w_ptr, decay_ptr, state_ptr, inverse_ptr, down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr,
+    q_ptr, k_ptr, e_ptr, w_ptr, decay_ptr, state_ptr, inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr,
     bounds_ptr, first_ptr,  # sequences: first token [N+1], first chunk [N+1]
     y_ptr, after_ptr, residual_ptr, before_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
-    KEEP: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
+    KEEP: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     g = tl.program_id(1)
@@ -271,7 +284,8 @@ def _scan(
             # The large loads first, in one flight; the small ones' ways to their places wait for each other.
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
-            q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
+            if not ENDS:
+                q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0)
             scales = at * m * C + (i[:, None] * m + head[None, :])
@@ -283,43 +297,47 @@ def _scan(
             if KEEP:
                 tl.store(before_ptr + at * F * width + cell, Sr, mask=own[None, :])
             seen = product(e, Sr, PRECISION)
-            A = tl.where(causal, product(q, tl.trans(k), PRECISION), 0.0)
+            if not ENDS:
+                A = tl.where(causal, product(q, tl.trans(k), PRECISION), 0.0)
             if WILD:
-                total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)[None, :]
+                total = tl.exp(tl.load(sum_ptr + at * m + head, mask=known, other=0.0))[None, :]
                 decays = decay_ptr + start * (G * m) + g * m + part * BM
                 heads = tl.minimum(m - part * BM, BM)
                 R = w.to(tl.float32) - _scaled(seen, down, BM)
                 M = _whole(M_high, M_low, PRECISION)
                 U = _inner(M, R, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
-                y = _scaled(product(q, Sr, PRECISION), down, BM)
-                y += _inner(A, U, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
+                if not ENDS:
+                    y = _scaled(product(q, Sr, PRECISION), down, BM)
+                    y += _inner(A, U, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
                 S = _scaled(S, total / edge, BM)
                 S = product_onto(S, tl.trans(k), narrow(_scaled(U, up * edge, BM), kind), PRECISION)
             else:
                 R = _scaled(w.to(tl.float32), up, BM) - seen
                 U = product_halves(M_high, M_low, R, PRECISION)
                 Ur = narrow(U, kind)
-                y = product_onto(product(q, Sr, PRECISION), narrow(A, kind), Ur, PRECISION)
-                y = _scaled(y, down, BM)
+                if not ENDS:
+                    y = product_onto(product(q, Sr, PRECISION), narrow(A, kind), Ur, PRECISION)
+                    y = _scaled(y, down, BM)
                 S = _scaled(product_onto(S, tl.trans(k), Ur, PRECISION), edge, BM)
                 U = _scaled(U, down, BM)
-            tl.store(
-                residual_ptr + start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :]),
-                _head_sums(U * U, BM),
-                mask=real & known[None, :],
-            )
-            tl.store(y_ptr + there + tokens, narrow(y, y_ptr.dtype.element_ty), mask=real & own[None, :])
+            if not ENDS:
+                tl.store(
+                    residual_ptr + start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :]),
+                    _head_sums(U * U, BM),
+                    mask=real & known[None, :],
+                )
+                tl.store(y_ptr + there + tokens, narrow(y, y_ptr.dtype.element_ty), mask=real & own[None, :])
         tl.store(after_ptr + (n * G + g) * F * width + cell, S, mask=own[None, :])
 
 
 @triton.jit
 def _scan_back(
     q_ptr, k_ptr, e_ptr, w_ptr, y_ptr, dy_ptr, decay_ptr, dafter_ptr, residual_ptr, dresidual_ptr, before_ptr,
-    inverse_ptr, down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr, bounds_ptr, first_ptr,
+    inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, bounds_ptr, first_ptr,
     dw_ptr, dg_ptr, dafters_ptr, dbefore_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
-    RESIDUAL: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
+    RESIDUAL: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     g = tl.program_id(1)
@@ -349,8 +367,10 @@ def _scan_back(
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            if RESIDUAL or not ENDS:
+                w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+            if not ENDS:
+                y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             scales = at * m * C + (i[:, None] * m + head[None, :])
             up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
             down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
@@ -358,13 +378,15 @@ def _scan_back(
             gate = start * (G * m) + g * m + (i[:, None] * (G * m) + head[None, :])
             decays = decay_ptr + start * (G * m) + g * m + part * BM
             heads = tl.minimum(m - part * BM, BM)
-            dg = _head_sums(dy * y, BM)
+            if not ENDS:
+                dg = _head_sums(dy * y, BM)
             if WILD:
                 dS = _scaled(dS, edge, BM)
             else:
                 dS, dy = _scaled(dS, edge, BM), _scaled(dy, down, BM)
             dSr = narrow(dS, kind)
-            tl.store(dafters_ptr + at * F * width + cell, dSr, mask=own[None, :])
+            if not ENDS:
+                tl.store(dafters_ptr + at * F * width + cell, dSr, mask=own[None, :])
             A_t = tl.where(later, product(k, tl.trans(q), PRECISION), 0.0)
             dU = product(k, dSr, PRECISION)
             if WILD:
@@ -376,9 +398,9 @@ def _scan_back(
                 dU = product_onto(dU, narrow(A_t, kind), dyr, PRECISION)
             if RESIDUAL:
                 S = tl.load(before_ptr + at * F * width + cell, mask=own[None, :], other=0.0)
-                residual = tl.load(residual_ptr + gate, mask=real & known[None, :], other=0.0)
                 dresidual = 2.0 * tl.load(dresidual_ptr + gate, mask=real & known[None, :], other=0.0)
-                dg += residual * dresidual
+                if not ENDS:
+                    dg += dresidual * tl.load(residual_ptr + gate, mask=real & known[None, :], other=0.0)
                 seen = product(e, S, PRECISION)
                 if WILD:
                     R = w - _scaled(seen, down, BM)
@@ -389,7 +411,7 @@ def _scan_back(
                     U = product_halves(M_high, M_low, _scaled(w, up, BM) - seen, PRECISION)
                     dU += _scaled(_scaled(U, down, BM), down * dresidual, BM)
             if WILD:
-                total = tl.load(total_ptr + at * m + head, mask=known, other=0.0)[None, :]
+                total = tl.exp(tl.load(sum_ptr + at * m + head, mask=known, other=0.0))[None, :]
                 M_t = tl.trans(_whole(M_high, M_low, PRECISION))
                 dW = _inner(M_t, dU, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
                 dS = _scaled(dS, total / edge, BM)
@@ -401,16 +423,78 @@ def _scan_back(
                 dW = _scaled(dR, up, BM)
                 dS = product_onto(dS, tl.trans(q), dyr, PRECISION)
                 dS = _scaled(product_onto(dS, tl.trans(e), narrow(-dR, kind), PRECISION), edge, BM)
-            tl.store(dw_ptr + there + tokens, narrow(dW, dw_ptr.dtype.element_ty), mask=inside)
-            # dg_i = dO_i . O_i - dW_i . W_i + 2 rho_i drho_i; <dS', S'> at the end of the chunk is added later.
-            tl.store(dg_ptr + gate, dg - _head_sums(dW * w, BM), mask=real & known[None, :])
+            if not ENDS:
+                tl.store(dw_ptr + there + tokens, narrow(dW, dw_ptr.dtype.element_ty), mask=inside)
+                # dg_i = dO_i . O_i - dW_i . W_i + 2 rho_i drho_i; <dS', S'> at the end of the chunk is added later.
+                tl.store(dg_ptr + gate, dg - _head_sums(dW * w, BM), mask=real & known[None, :])
         tl.store(dbefore_ptr + (n * G + g) * F * width + cell, dS, mask=own[None, :])
+
+
+@triton.jit
+def _hop(
+    k_ptr, e_ptr, inverse_ptr, bounds_ptr, first_ptr, hop_ptr,
+    G,
+    F: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a span does to a state that does not decay: the product of its I - K^T M E, some columns of it."""
+    n, part = (tl.program_id(0) // (F // BP)).to(tl.int64), tl.program_id(0) % (F // BP)
+    g = tl.program_id(1)
+    first, last = tl.load(first_ptr + n), tl.load(first_ptr + n + 1)
+    begin, end = tl.load(bounds_ptr + n).to(tl.int64), tl.load(bounds_ptr + n + 1).to(tl.int64)
+    i, f, j = tl.arange(0, C), tl.arange(0, F), part * BP + tl.arange(0, BP)
+    rows = i[:, None] * (G * F) + f[None, :]
+    kind = k_ptr.dtype.element_ty
+    P = tl.where(f[:, None] == j[None, :], 1.0, 0.0)
+    for c in range(0, last - first):
+        start = begin + c * C
+        real = (i < tl.minimum(end - start, C).to(tl.int32))[:, None]
+        shift = start * (G * F) + g * F
+        e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
+        k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
+        M_high, M_low = _load_inverse(inverse_ptr, (first + c).to(tl.int64) * G + g, C, PRECISION)
+        U = product_halves(M_high, M_low, product(e, narrow(P, kind), PRECISION), PRECISION)
+        P = product_onto(P, tl.trans(k), narrow(-U, kind), PRECISION)
+    tl.store(hop_ptr + (n * G + g) * F * F + (f[:, None] * F + j[None, :]), P)
+
+
+@triton.jit
+def _compose(
+    hop_ptr, sum_ptr, first_ptr, span_ptr, own_ptr, given_ptr, ends_ptr,
+    G, m: tl.constexpr, V: tl.constexpr,
+    F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    BACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state a sequence's spans begin with, S <- exp(decay) P S + Z, or from the last span the gradient they end
+    with. ``span_ptr``: first span of each sequence; ``first_ptr``: first chunk of each span."""
+    n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    g = tl.program_id(1)
+    f, width = tl.arange(0, F), m * V
+    columns, own = _columns(part, m, V, BM, BV)
+    head = part * BM + tl.arange(0, BM)
+    cell = f[:, None] * width + columns[None, :]
+    S = tl.load(given_ptr + (n * G + g) * F * width + cell, mask=own[None, :], other=0.0)
+    begin, end = tl.load(span_ptr + n), tl.load(span_ptr + n + 1)
+    for step in range(0, end - begin):
+        s = (end - 1 - step if BACK else begin + step).to(tl.int64)
+        at = (s * G + g) * F
+        tl.store(ends_ptr + at * width + cell, S, mask=own[None, :])
+        first, last = tl.load(first_ptr + s), tl.load(first_ptr + s + 1)
+        decay = tl.zeros((BM,), tl.float32)
+        for a in range(first, last, STEP):
+            c = a + tl.arange(0, STEP)
+            some = (c < last)[:, None] & (head < m)[None, :]
+            decay += tl.sum(tl.load(sum_ptr + (c[:, None] * G + g) * m + head[None, :], mask=some, other=0.0), 0)
+        P = tl.load(hop_ptr + at * F + (f[:, None] * F + f[None, :]))
+        if BACK:
+            P = tl.trans(P)
+        Z = tl.load(own_ptr + at * width + cell, mask=own[None, :], other=0.0)
+        S = _scaled(product_split(P, S, PRECISION), tl.exp(decay)[None, :], BM) + Z
 
 
 @triton.jit
 def _gradients(
     q_ptr, k_ptr, e_ptr, w_ptr, dy_ptr, dw_ptr, decay_ptr, before_ptr, dafters_ptr,
-    inverse_ptr, down_ptr, up_ptr, edge_ptr, total_ptr, wild_ptr, start_ptr, length_ptr,
+    inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, start_ptr, length_ptr,
     dq_ptr, dk_ptr, de_ptr, dg_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
@@ -460,7 +544,7 @@ def _gradients(
                 R = w - _scaled(seen, down, BM)
                 U = _inner(M, R, decays, G * m, length, heads, False, BM, C, FLOOR, PRECISION)
                 late = _scaled(U, up, BM)
-                ended *= tl.load(total_ptr + at * m + head, mask=known, other=0.0)
+                ended *= tl.exp(tl.load(sum_ptr + at * m + head, mask=known, other=0.0))
             else:
                 U = product_halves(M_high, M_low, _scaled(w, up, BM) - seen, PRECISION)
                 late = U
@@ -535,7 +619,7 @@ def _layout(bounds: tuple[int, ...], device: torch.device) -> _Layout:
     first: list[int] = [0]
     start: list[int] = []
     length: list[int] = []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         start += range(a, b, CHUNK)
         length += [min(CHUNK, b - i) for i in range(a, b, CHUNK)]
         first.append(len(start))
@@ -576,6 +660,8 @@ def tiles(F: int, m: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, int
         "_inverse": {"F": F, "BF": min(F, 128), "C": CHUNK},
         "_scan": {"F": F, "C": CHUNK, **scan},
         "_scan_back": {"F": F, "C": CHUNK, **scan},
+        "_hop": {"F": F, "BP": min(F, STATE_NUMBERS // less // F), "C": CHUNK},
+        "_compose": {"F": F, **scan},
         "_gradients": {"F": F, "BF": BF, "C": CHUNK, **_Sizes.of(m, V, COLUMNS // less).constants(m, V)},
     }
 
@@ -590,95 +676,192 @@ def _precision(dtype: torch.dtype) -> dict[str, str]:
     return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+def spans_of(bounds: list[int], programs: int) -> list[int]:
+    """The ends of the spans that sequences are cut into, at multiples of a chunk from their starts; ``bounds`` itself
+    if they are not. ``programs``: of a scan over one sequence."""
+    sequences, longest = list(pairwise(bounds)), max(b - a for a, b in pairwise(bounds))
+    wanted = FULL // (programs * len(sequences))  # spans a sequence
+    if wanted < 2:
+        return bounds
+    length = max(SPAN, triton.cdiv(triton.cdiv(bounds[-1], wanted * len(sequences)), CHUNK) * CHUNK)
+    if longest < 4 * length:
+        return bounds
+    return [*(x for a, b in sequences for x in range(a, b, length)), bounds[-1]]
+
+
+@lru_cache(maxsize=64)
+def _first_spans(bounds: tuple[int, ...], spans: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """First span of each sequence and the number of spans ``[N+1]``; the last span of each, -1 if it is empty."""
+    first = [bisect_left(spans[:-1], b) for b in bounds[:-1]] + [len(spans) - 1]
+    last = [b - 1 if b > a else -1 for a, b in pairwise(first)]
+    return torch.tensor(first, dtype=torch.int32, device=device), torch.tensor(last, device=device)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Sizes and layouts of one call, the same forward and backward."""
+
+    G: int
+    F: int
+    tile: dict[str, dict[str, int]]
+    precision: dict[str, str]
+    bounds: tuple[int, ...]
+    spans: tuple[int, ...]
+    layout: _Layout  # of the spans; its chunks are those of the sequences
+    device: torch.device
+
+    @classmethod
+    def of(cls, q: Tensor, w: Tensor, bounds: list[int]) -> _Call:
+        (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
+        tile = tiles(F, m, V, q.dtype)
+        spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]))
+        return cls(
+            G, F, tile, _precision(q.dtype), tuple(bounds), spans, _layout(spans, q.device), q.device
+        )  # fmt: skip
+
+    @property
+    def cut(self) -> bool:
+        return self.spans != self.bounds
+
+    def sequences(self, kernel: str) -> tuple[int, int]:
+        """The grid of a kernel over sequences (spans, if they are cut)."""
+        return (len(self.spans) - 1) * self.tile[kernel]["PARTS"], self.G
+
+    def constants(self, kernel: str, **more: Any) -> dict[str, Any]:
+        """What a kernel of `tiles` takes besides tensors."""
+        kinds = self.precision if kernel == "_inverse" else {**self.precision, "FLOOR": RESET}
+        return {**self.tile[kernel], **kinds, **more, **_launch(kernel, self.F)}
+
+    def compose(
+        self, hop: Tensor, sums: Tensor, own: Tensor, given: Tensor, back: bool
+    ) -> Tensor:  # fmt: skip
+        """What each span begins with (``back``: ends with), from what each sequence does."""
+        ends = torch.empty_like(own)
+        first, _ = _first_spans(self.bounds, self.spans, self.device)
+        _compose[((len(self.bounds) - 1) * self.tile["_compose"]["PARTS"], self.G)](
+            hop, sums, self.layout.first, first, own, given, ends, self.G,
+            STEP=64, BACK=back, **self.precision, **self.tile["_compose"], **_launch("_compose", self.F),
+        )  # fmt: skip
+        return ends
+
+    def of_sequences(self, edges: Tensor, given: Tensor, back: bool) -> Tensor:
+        """What sequences end with (``back``: begin with), of what their spans do; empty ones keep what they got."""
+        if not self.cut:
+            return edges
+        first, last = _first_spans(self.bounds, self.spans, self.device)
+        at = first[:-1].clamp(max=len(edges) - 1) if back else last.clamp(min=0)
+        return torch.where((last >= 0)[:, None, None, None, None], edges[at], given)
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("llm_mlp::perceive", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, e: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, bounds: list[int], keep: bool
 ) -> _Tensors:
-    """y, state, residual; and if ``keep`` what the backward pass reads: the states before each chunk (in q's dtype),
-    the inverses, and the decays of each chunk (down, up, edge, total, wild)."""
-    (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
-    tile, layout = tiles(F, m, V, q.dtype), _layout(tuple(bounds), q.device)
-    y, after, residual, before, inverse, down, up, edge, total, wild = _outputs(q, w, log_decay, state, layout, keep)
+    """y, state, residual; and if ``keep`` what the backward pass reads: the states before each chunk (in q's dtype, in
+    the chunk's frame), the inverses, the decays of each chunk (down, up, edge, their sums, wild), the spans' hops."""
+    call = _Call.of(q, w, bounds)
+    G, F, layout = call.G, call.F, call.layout
+    y, after, residual, before, inverse, down, up, edge, sums, wild, hop = _outputs(q, w, log_decay, state, call, keep)
     _decays[(layout.chunks, G)](
-        log_decay, layout.start, layout.length, down, up, edge, total, wild, G,
-        FLOOR=RESET, LIMIT=limit(q.dtype), **tile["_decays"], **LAUNCH["_decays"],
+        log_decay, layout.start, layout.length, down, up, edge, sums, wild, G,
+        FLOOR=RESET, LIMIT=limit(q.dtype), **call.tile["_decays"], **LAUNCH["_decays"],
     )  # fmt: skip
-    _inverse[(layout.chunks, G)](
-        k, e, layout.start, layout.length, inverse, G,
-        **tile["_inverse"], **_precision(q.dtype), **_launch("_inverse", F),
-    )  # fmt: skip
-    for is_wild in (False, True):
-        _scan[(state.shape[0] * tile["_scan"]["PARTS"], G)](
-            q, k, e, w, log_decay, state, inverse, down, up, edge, total, wild, layout.bounds, layout.first,
-            y, after, residual, before, G, KEEP=keep, WILD=is_wild, FLOOR=RESET,
-            **tile["_scan"], **_precision(q.dtype), **_launch("_scan", F),
-        )  # fmt: skip
-    return y, after, residual, before, inverse, down, up, edge, total, wild
+    _inverse[(layout.chunks, G)](k, e, layout.start, layout.length, inverse, G, **call.constants("_inverse"))
+
+    def scan(state: Tensor, after: Tensor, keep: bool, ends: bool) -> None:
+        for is_wild in (False, True):
+            _scan[call.sequences("_scan")](
+                q, k, e, w, log_decay, state, inverse, down, up, edge, sums, wild, layout.bounds, layout.first,
+                y, after, residual, before, G, **call.constants("_scan", KEEP=keep, ENDS=ends, WILD=is_wild),
+            )  # fmt: skip
+
+    if not call.cut:
+        scan(state, after, keep, False)
+        return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
+    parts = call.tile["_hop"]
+    _hop[(len(hop) * (F // parts["BP"]), G)](
+        k, e, inverse, layout.bounds, layout.first, hop, G, **parts, **call.precision, **_launch("_hop", F)
+    )
+    ends = state.new_empty((len(hop), *state.shape[1:]))
+    scan(torch.zeros_like(ends), ends, False, True)
+    begins = call.compose(hop, sums, ends, state, False)
+    scan(begins, ends, keep, False)
+    after = call.of_sequences(ends, state, False)
+    return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
 
 
-def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, layout: _Layout, keep: bool) -> _Tensors:
-    G, F, (m, V), chunks = q.shape[2], q.shape[3], w.shape[-2:], layout.chunks
+def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, call: _Call, keep: bool) -> _Tensors:
+    G, F, (m, V), chunks = call.G, call.F, w.shape[-2:], call.layout.chunks
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    pair = (1, torch.float32) if q.dtype == torch.float32 else (2, torch.bfloat16)
     return (
         torch.empty_like(w),
         torch.empty_like(state),
         torch.empty_like(log_decay),
         fresh(chunks if keep else 0, G, F, m, V, dtype=q.dtype),
-        fresh(chunks, G, 1, CHUNK, CHUNK)
-        if q.dtype == torch.float32
-        else fresh(chunks, G, 2, CHUNK, CHUNK, dtype=torch.bfloat16),
+        fresh(chunks, G, pair[0], CHUNK, CHUNK, dtype=pair[1]),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, m),
         fresh(chunks, G, m),
         fresh(chunks, G, dtype=torch.int32),
+        fresh(len(call.spans) - 1 if call.cut else 0, G, F, F),
     )
 
 
 @_forward.register_fake
 def _(q, k, e, w, log_decay, state, bounds, keep):
-    chunks = sum(-(-(b - a) // CHUNK) for a, b in zip(bounds, bounds[1:], strict=False))
-    nothing = torch.empty(0)
-    return _outputs(q, w, log_decay, state, _Layout(nothing, nothing, nothing.new_empty(chunks), nothing), keep)
+    return _outputs(q, w, log_decay, state, _Call.of(q, w, bounds), keep)
 
 
 @torch.library.custom_op("llm_mlp::perceive_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, e: Tensor, w: Tensor, log_decay: Tensor, y: Tensor, residual: Tensor, before: Tensor,
-    inverse: Tensor, down: Tensor, up: Tensor, edge: Tensor, total: Tensor, wild: Tensor,
+    inverse: Tensor, down: Tensor, up: Tensor, edge: Tensor, sums: Tensor, wild: Tensor, hop: Tensor,
     dy: Tensor, dafter: Tensor, dresidual: Tensor | None, bounds: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, e, w, log_decay and state."""
-    (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
-    tile, layout = tiles(F, m, V, q.dtype), _layout(tuple(bounds), q.device)
+    call = _Call.of(q, w, bounds)
+    G, F, layout = call.G, call.F, call.layout
     dq, dk, de, dw, dg = (torch.empty_like(x) for x in (q, k, e, w, log_decay))
-    dafters, dbefore = torch.empty_like(before), torch.empty_like(dafter)
+    dafters = torch.empty_like(before)
     dy, dafter = dy.contiguous(), dafter.contiguous()
     slopes = residual if dresidual is None else dresidual.contiguous()
-    kind = {"FLOOR": RESET, **_precision(q.dtype)}
+
+    def scan_back(dafter: Tensor, dbefore: Tensor, ends: bool) -> None:
+        for is_wild in (False, True):
+            _scan_back[call.sequences("_scan_back")](
+                q, k, e, w, y, dy, log_decay, dafter, residual, slopes, before, inverse, down, up, edge, sums, wild,
+                layout.bounds, layout.first, dw, dg, dafters, dbefore, G,
+                **call.constants("_scan_back", RESIDUAL=dresidual is not None, ENDS=ends, WILD=is_wild),
+            )  # fmt: skip
+
+    if call.cut:
+        begins = dafter.new_empty((len(hop), *dafter.shape[1:]))
+        scan_back(torch.zeros_like(begins), begins, True)
+        scan_back(call.compose(hop, sums, begins, dafter, True), begins, False)
+        dbefore = call.of_sequences(begins, dafter, True)
+    else:
+        dbefore = torch.empty_like(dafter)
+        scan_back(dafter, dbefore, False)
     for is_wild in (False, True):
-        _scan_back[(dafter.shape[0] * tile["_scan_back"]["PARTS"], G)](
-            q, k, e, w, y, dy, log_decay, dafter, residual, slopes, before,
-            inverse, down, up, edge, total, wild, layout.bounds, layout.first, dw, dg, dafters, dbefore, G,
-            RESIDUAL=dresidual is not None, WILD=is_wild, **tile["_scan_back"], **kind, **_launch("_scan_back", F),
-        )  # fmt: skip
-    for is_wild in (False, True):
-        _gradients[(layout.chunks, G, F // tile["_gradients"]["BF"])](
-            q, k, e, w, dy, dw, log_decay, before, dafters,
-            inverse, down, up, edge, total, wild, layout.start, layout.length, dq, dk, de, dg, G,
-            WILD=is_wild, **tile["_gradients"], **kind, **_launch("_gradients", F),
+        _gradients[(layout.chunks, G, F // call.tile["_gradients"]["BF"])](
+            q, k, e, w, dy, dw, log_decay, before, dafters, inverse, down, up, edge, sums, wild,
+            layout.start, layout.length, dq, dk, de, dg, G, **call.constants("_gradients", WILD=is_wild),
         )  # fmt: skip
     return dq, dk, de, dw, dg, dbefore
 
 
 @_backward.register_fake
-def _(q, k, e, w, log_decay, y, residual, before, inverse, down, up, edge, total, wild, dy, dafter, dresidual, bounds):
+def _(
+    q, k, e, w, log_decay, y, residual, before, inverse, down, up, edge, sums, wild, hop, dy, dafter, dresidual, bounds
+):  # fmt: skip
     return tuple(torch.empty_like(x) for x in (q, k, e, w, log_decay, dafter))
 
 
