@@ -110,7 +110,7 @@ def main() -> None:
         ):
             show(
                 kernel,
-                {**rows, "SOFTMAX": False, "PRECISION": "tf32", **constants},
+                {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": "tf32", **constants},
                 warps,
                 args.stages,
                 args.capability,

@@ -1,8 +1,8 @@
 """Check every launch configuration of the kernels against float64 on this device, and time each kernel alone.
 
-    python benchmarks/tune_kernels.py [perceive|memorise] [--warps 4,8] [--stages 1,2] [--workers 8] [--results FILE]
+    python benchmarks/tune_kernels.py [perceive|memorise] [--kernels _scan] [--workers 8] [--results FILE]
 
-Each configuration of one kernel (the others as they are) runs forward and backward on fresh random inputs, in a process
+Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random inputs, in a process
 of its own, because a miscompiled one may take the device's context with it; a tensor passes whose root mean square and
 largest error are at most twice those of `chunked` in the same dtype with the same rounding of operands, or 2 eps of its
 dtype times the root mean square of the truth. Those that pass are timed alone, at 131,072 tokens, by torch's profiler.
@@ -12,7 +12,6 @@ JSON lines; a configuration that fails says which tensor and by how much.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -36,6 +35,23 @@ SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, 
 NAMES = {
     "perceive": "y state residual dq dk de dw dlog_decay",
     "memorise": "y keys values dq dk dw dsink",
+}
+
+
+def _launches(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
+    """Warps and stages; before them, where there are four numbers, the tiles of queries and rows."""
+    names = ("BQ", "BK", "num_warps", "num_stages")
+    return [dict(zip(names[-len(n) :], n, strict=True)) for n in numbers]
+
+
+CANDIDATES = {
+    "_inverse": _launches((4, 1), (8, 1)),
+    "_scan": _launches((4, 1), (4, 2), (8, 1)),
+    "_scan_back": _launches((4, 1), (4, 2), (8, 1)),
+    "_gradients": _launches((4, 1), (8, 1)),
+    "_read": _launches((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
+    "_read_back": _launches((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+    "_rows_back": _launches((64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 3)),
 }
 TABLES = {"perceive": perceive_kernels.LAUNCH, "memorise": memorise_kernels.LAUNCH}
 
@@ -80,7 +96,8 @@ def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
         mine, other = g.double() - t, y.double() - t
         floor = 2 * torch.finfo(g.dtype).eps * t.square().mean().sqrt()
         few = 4 if t.numel() < 1000 else 1  # an error of few numbers is chance
-        ratios[name] = round(float(mine.square().mean().sqrt() / other.square().mean().sqrt()), 3)
+        if bool(other.any()):
+            ratios[name] = round(float(mine.square().mean().sqrt() / other.square().mean().sqrt()), 3)
         for what, a, b in (("rms", mine.square().mean().sqrt(), other.square().mean().sqrt()),
                            ("largest", mine.abs().max(), other.abs().max())):  # fmt: skip
             if not a <= few * max(2 * b, floor):
@@ -137,8 +154,6 @@ def kernel_times(op: str, s: Shape, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", default=["perceive", "memorise"])
-    parser.add_argument("--warps", default="4,8")
-    parser.add_argument("--stages", default="1,2")
     parser.add_argument("--kernels", default="", help="only these, comma-separated")
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--length", type=int, default=2048)
@@ -157,19 +172,18 @@ def main() -> None:
         return
     if unknown := set(args.ops) - set(TABLES):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; known: perceive, memorise")
-    grid = list(itertools.product(*([int(x) for x in text.split(",")] for text in (args.warps, args.stages))))
-    wanted = [k for k in args.kernels.split(",") if k]
+    wanted = [k for k in args.kernels.split(",") if k] or list(CANDIDATES)
     jobs = [
-        (op, kernel, {"num_warps": warps, "num_stages": stages})
+        (op, kernel, launch)
         for op in args.ops
         for kernel in TABLES[op]
-        for warps, stages in grid
-        if not wanted or kernel in wanted
+        if kernel in wanted
+        for launch in CANDIDATES.get(kernel, ())
     ]
     with ThreadPoolExecutor(args.workers) as pool:
         checks = list(pool.map(lambda job: check_apart(*job, args.heads, args.value_width), jobs))
     for (op, kernel, launch), row in zip(jobs, checks, strict=True):
-        row = {"op": op, "kernel": kernel, **launch, "length": args.length, **row}
+        row = {"op": op, "kernel": kernel, "launch": launch, "length": args.length, **row}
         if not row["failures"] and not args.no_times:
             s = Shape(args.tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
             before, TABLES[op][kernel] = TABLES[op][kernel], launch
@@ -180,7 +194,7 @@ def main() -> None:
         ms = row.get("ms")
         time = "" if ms is None else f"{ms:.3f} ms "
         verdict = "; ".join(row["failures"])[:200] or f"{time}{row['error_ratios']}"
-        print(f"{op}.{kernel:12} warps {launch['num_warps']} stages {launch['num_stages']}: {verdict}", flush=True)
+        print(f"{op}.{kernel:12} {launch}: {verdict}", flush=True)
 
 
 if __name__ == "__main__":

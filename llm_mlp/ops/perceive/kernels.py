@@ -62,7 +62,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "_scan": {"num_warps": 4, "num_stages": 1},
     "_scan_back": {"num_warps": 4, "num_stages": 1},
     "_hop": {"num_warps": 4, "num_stages": 1},
-    "_compose": {"num_warps": 4, "num_stages": 1},
+    "_compose": {"num_warps": 8, "num_stages": 1},
     "_gradients": {"num_warps": 4, "num_stages": 1},
 }
 # Sequences are cut into spans of at least SPAN tokens where scans have less than half of FULL programs (two for each of
@@ -284,7 +284,7 @@ def _scan(
             # The large loads first, in one flight; the small ones' ways to their places wait for each other.
             e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
-            if not ENDS:
+            if not ENDS and F <= 256:
                 q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             w = tl.load(w_ptr + there + tokens, mask=real & own[None, :], other=0.0)
@@ -298,6 +298,8 @@ def _scan(
                 tl.store(before_ptr + at * F * width + cell, Sr, mask=own[None, :])
             seen = product(e, Sr, PRECISION)
             if not ENDS:
+                if F > 256:  # in the shared memory that e had
+                    q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
                 A = tl.where(causal, product(q, tl.trans(k), PRECISION), 0.0)
             if WILD:
                 total = tl.exp(tl.load(sum_ptr + at * m + head, mask=known, other=0.0))[None, :]
@@ -364,7 +366,8 @@ def _scan_back(
             inside = real & own[None, :]
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
-            e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
+            if RESIDUAL or F <= 256:
+                e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             if RESIDUAL or not ENDS:
@@ -416,12 +419,16 @@ def _scan_back(
                 dW = _inner(M_t, dU, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
                 dS = _scaled(dS, total / edge, BM)
                 inner = product(tl.trans(q), dyr, PRECISION)
+                if not RESIDUAL and F > 256:
+                    e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
                 inner = product_onto(inner, tl.trans(e), narrow(_scaled(dW, -down, BM), kind), PRECISION)
                 dS += _scaled(inner, edge, BM)
             else:
                 dR = product_halves(tl.trans(M_high), tl.trans(M_low), dU, PRECISION)
                 dW = _scaled(dR, up, BM)
                 dS = product_onto(dS, tl.trans(q), dyr, PRECISION)
+                if not RESIDUAL and F > 256:
+                    e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
                 dS = _scaled(product_onto(dS, tl.trans(e), narrow(-dR, kind), PRECISION), edge, BM)
             if not ENDS:
                 tl.store(dw_ptr + there + tokens, narrow(dW, dw_ptr.dtype.element_ty), mask=inside)
@@ -714,7 +721,8 @@ class _Call:
     def of(cls, q: Tensor, w: Tensor, bounds: list[int]) -> _Call:
         (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
         tile = tiles(F, m, V, q.dtype)
-        spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]))
+        # A hop of F x F has to fit on chip.
+        spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]) if F <= 256 else bounds)
         return cls(
             G, F, tile, _precision(q.dtype), tuple(bounds), spans, _layout(spans, q.device), q.device
         )  # fmt: skip
