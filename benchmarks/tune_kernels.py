@@ -2,10 +2,11 @@
 
     python benchmarks/tune_kernels.py [perceive|memorise] [--kernels _scan] [--workers 8] [--results FILE]
 
-Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random inputs, in a process
-of its own, because a miscompiled one may take the device's context with it; a tensor passes whose root mean square and
-largest error are at most twice those of `chunked` in the same dtype with the same rounding of operands, or 2 eps of its
-dtype times the root mean square of the truth. Those that pass are timed alone, at 131,072 tokens, by torch's profiler.
+Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random
+inputs, in a process of its own, because a miscompiled one may take the device's context with it; a tensor passes whose
+root mean square and largest error are at most twice those of `chunked` in the same dtype with the same rounding of
+operands, or 2 eps of its dtype times the root mean square of the truth. Those that pass are timed alone, at 131,072
+tokens, by torch's profiler.
 JSON lines; a configuration that fails says which tensor and by how much.
 """
 
@@ -46,8 +47,8 @@ def _launches(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
 
 CANDIDATES = {
     "_inverse": _launches((4, 1), (8, 1)),
-    "_scan": _launches((4, 1), (4, 2), (8, 1)),
-    "_scan_back": _launches((4, 1), (4, 2), (8, 1)),
+    "_scan": [{"columns": c, **n} for c in (64, 32) for n in _launches((4, 1), (4, 2))],
+    "_scan_back": [{"columns": c, **n} for c in (64, 32) for n in _launches((4, 1), (4, 2))],
     "_gradients": _launches((4, 1), (8, 1)),
     "_read": _launches((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
     "_read_back": _launches((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),

@@ -67,6 +67,17 @@ def product_halves(high, low, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def product_wide(a, b, PRECISION: tl.constexpr):
+    """``a @ b`` of a tile in the inputs' dtype and a float32 tile, to about 2^-17 (ieee: as float32)."""
+    if PRECISION != "tf32":
+        return tl.dot(a, b, input_precision=PRECISION)
+    high, low = halves(b)
+    if a.dtype == tl.float16:  # no bfloat16 holds it
+        return tl.dot(a.to(tl.float32), b, input_precision=PRECISION)
+    return product_onto(product(a, low, PRECISION), a, high, PRECISION)
+
+
+@triton.jit
 def product_split(a, b, PRECISION: tl.constexpr):
     """`product_halves` of two float32 tiles."""
     if PRECISION != "tf32":

@@ -14,7 +14,7 @@ import torch
 from op_cases import memorise_inputs, perceive_inputs, perceive_state, with_gradients
 from torch import Tensor
 
-from llm_mlp.ops import memorise, perceive
+from llm_mlp.ops import memorise, perceive, perceive_transition
 
 pytest.importorskip("triton", reason="the kernels are optional")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +107,27 @@ def test_perceive(shape, dtype, poisoned):
 @pytest.mark.parametrize("decay", ["none", "resets", "twenty", "thousand", "mixed"])
 def test_perceive_decays(decay, poisoned):
     earn_perceive("plain", decay, torch.float32, seeds=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transition(dtype):
+    def run(k, e, decay, backend):
+        with torch.no_grad():
+            return perceive_transition(k, e, decay, backend=backend)
+
+    _, k, e, _, decay = perceive_inputs(2, 200, 2, 32, 2, 16, dtype=dtype)
+    truth = run(k.double(), e.double(), decay.double(), "chunked")[0]
+    yard, got = (run(*(x.to(DEVICE) for x in (k, e, decay)), backend)[0] for backend in ("chunked", "triton"))
+    mine, other = ((x.double().cpu() - truth).square().mean().sqrt() for x in (got, yard))
+    # 16-bit inputs: `chunked` multiplies float32, as TF32 on a device; a CPU has no such rounding to compare with.
+    eps = torch.finfo(got.dtype).eps if dtype == torch.float32 else 2**-12
+    assert mine <= max(2.5 * other, 2 * eps * truth.square().mean().sqrt())
+
+
+def test_a_transition_with_gradients_is_not_served():
+    _, k, e, _, decay = (x.to(DEVICE) for x in perceive_inputs(1, 4, 1, 16, 1, 16, dtype=torch.float32))
+    with pytest.raises(ValueError, match="does not serve gradients of a transition"):
+        perceive_transition(k.requires_grad_(), e, decay, backend="triton")
 
 
 @pytest.fixture

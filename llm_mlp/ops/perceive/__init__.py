@@ -78,11 +78,12 @@ def perceive(
     return (y, state, residual) if return_residual else (y, state)
 
 
-def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """A span of tokens as the map ``S -> exp(log_a) P S + Z`` (Z is the state the span leaves from zero).
 
     Args:
         k, e: ``[B, T, G, F]``. log_decay: ``[B, T, G, m]``, at most 0, ``-inf`` allowed.
+        backend: ``auto | chunked | triton``; the kernels have no gradients, auto then chooses ``chunked``.
 
     Returns:
         P ``[B, G, F, F]``, the product of ``I - k e^T`` from the last token to the first, shared by the group, and
@@ -96,8 +97,19 @@ def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor) -> tuple[Tensor
     _same_dtype("perceive_transition", k=k, e=e)
     check_values("perceive_transition", k=k, e=e, log_decay=log_decay)
     dtype = accumulation_dtype(k, e, log_decay)
+    not_served = _not_served(F, 1, 1, k.dtype)
+    if torch.is_grad_enabled() and (k.requires_grad or e.requires_grad):
+        not_served = "gradients of a transition"
+    kind = choose("perceive_transition", backend, k.device, not_served)
+    if kind == "reference":
+        raise ValueError("perceive_transition: backend 'reference' is `perceive` from the identity; use 'chunked'")
     with torch.autocast(k.device.type, enabled=False):
-        return chunked.transition(k, e, dtype), log_decay.to(dtype).sum(1)
+        log_a = log_decay.to(dtype).sum(1)
+        if kind == "triton":
+            from llm_mlp.ops.perceive import kernels  # triton is optional
+
+            return kernels.transition(k, e), log_a
+        return chunked.transition(k, e, dtype), log_a
 
 
 def perceive_step(

@@ -53,14 +53,23 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.perceive.chunked import CHUNK, RESET
-from llm_mlp.ops.tiles import exponential, halves, narrow, product, product_halves, product_onto, product_split
+from llm_mlp.ops.tiles import (
+    exponential,
+    halves,
+    narrow,
+    product,
+    product_halves,
+    product_onto,
+    product_split,
+    product_wide,
+)
 
-# How each kernel is launched; benchmarks/tune_kernels.py checks and times others on a device.
+# How each kernel is launched, and how many columns a part has; benchmarks/tune_kernels.py checks and times others.
 LAUNCH: dict[str, dict[str, int]] = {
     "_decays": {"num_warps": 1, "num_stages": 1},
     "_inverse": {"num_warps": 4, "num_stages": 1},
-    "_scan": {"num_warps": 4, "num_stages": 1},
-    "_scan_back": {"num_warps": 4, "num_stages": 1},
+    "_scan": {"columns": 64, "num_warps": 4, "num_stages": 1},
+    "_scan_back": {"columns": 64, "num_warps": 4, "num_stages": 1},
     "_hop": {"num_warps": 4, "num_stages": 1},
     "_compose": {"num_warps": 8, "num_stages": 1},
     "_gradients": {"num_warps": 4, "num_stages": 1},
@@ -450,7 +459,6 @@ def _hop(
     begin, end = tl.load(bounds_ptr + n).to(tl.int64), tl.load(bounds_ptr + n + 1).to(tl.int64)
     i, f, j = tl.arange(0, C), tl.arange(0, F), part * BP + tl.arange(0, BP)
     rows = i[:, None] * (G * F) + f[None, :]
-    kind = k_ptr.dtype.element_ty
     P = tl.where(f[:, None] == j[None, :], 1.0, 0.0)
     for c in range(0, last - first):
         start = begin + c * C
@@ -459,8 +467,9 @@ def _hop(
         e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
         k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
         M_high, M_low = _load_inverse(inverse_ptr, (first + c).to(tl.int64) * G + g, C, PRECISION)
-        U = product_halves(M_high, M_low, product(e, narrow(P, kind), PRECISION), PRECISION)
-        P = product_onto(P, tl.trans(k), narrow(-U, kind), PRECISION)
+        # Over a span of many chunks rounding adds up: float32 throughout, which k and e are not.
+        U = product_halves(M_high, M_low, product_wide(e, P, PRECISION), PRECISION)
+        P -= product_wide(tl.trans(k), U, PRECISION)
     tl.store(hop_ptr + (n * G + g) * F * F + (f[:, None] * F + j[None, :]), P)
 
 
@@ -660,22 +669,26 @@ FEATURES, COLUMNS = 128, 128  # of a tile of the gradients
 def tiles(F: int, m: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """The constants of each kernel that depend on sizes."""
     less = 4 if dtype == torch.float32 else 1
-    scan = _Sizes.of(m, V, STATE_NUMBERS // less // F).constants(m, V)
-    BF = min(F, FEATURES // less)
+    fits = STATE_NUMBERS // less // F
+    parts = {name: _Sizes.of(m, V, min(fits, LAUNCH[name]["columns"])) for name in ("_scan", "_scan_back")}
     return {
         "_decays": {"m": m, "BM": triton.next_power_of_2(m), "C": CHUNK},
         "_inverse": {"F": F, "BF": min(F, 128), "C": CHUNK},
-        "_scan": {"F": F, "C": CHUNK, **scan},
-        "_scan_back": {"F": F, "C": CHUNK, **scan},
-        "_hop": {"F": F, "BP": min(F, STATE_NUMBERS // less // F), "C": CHUNK},
-        "_compose": {"F": F, **scan},
-        "_gradients": {"F": F, "BF": BF, "C": CHUNK, **_Sizes.of(m, V, COLUMNS // less).constants(m, V)},
+        **{name: {"F": F, "C": CHUNK, **sizes.constants(m, V)} for name, sizes in parts.items()},
+        "_hop": {"F": F, "BP": min(F, fits), "C": CHUNK},
+        "_compose": {"F": F, **_Sizes.of(m, V, fits).constants(m, V)},
+        "_gradients": {
+            "F": F,
+            "BF": min(F, FEATURES // less),
+            "C": CHUNK,
+            **_Sizes.of(m, V, COLUMNS // less).constants(m, V),
+        },
     }
 
 
 def _launch(kernel: str, F: int) -> dict[str, int]:
     """`LAUNCH`, and twice the warps where a state takes twice the registers."""
-    launch = LAUNCH[kernel]
+    launch = {name: n for name, n in LAUNCH[kernel].items() if name != "columns"}
     return launch if F <= 128 else {**launch, "num_warps": max(8, launch["num_warps"])}
 
 
@@ -801,19 +814,24 @@ def _forward(
     return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
 
 
+def _empty_inverse(like: Tensor, chunks: int) -> Tensor:
+    """For M of each chunk and group: pairs of bfloat16, or float32."""
+    halves, dtype = (1, torch.float32) if like.dtype == torch.float32 else (2, torch.bfloat16)
+    return torch.empty((chunks, like.shape[2], halves, CHUNK, CHUNK), dtype=dtype, device=like.device)
+
+
 def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, call: _Call, keep: bool) -> _Tensors:
     G, F, (m, V), chunks = call.G, call.F, w.shape[-2:], call.layout.chunks
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    pair = (1, torch.float32) if q.dtype == torch.float32 else (2, torch.bfloat16)
     return (
         torch.empty_like(w),
         torch.empty_like(state),
         torch.empty_like(log_decay),
         fresh(chunks if keep else 0, G, F, m, V, dtype=q.dtype),
-        fresh(chunks, G, pair[0], CHUNK, CHUNK, dtype=pair[1]),
+        _empty_inverse(q, chunks),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, m),
@@ -905,3 +923,25 @@ def perceive(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     ends = list(range(0, B * T + 1, T)) if bounds is None else bounds
     return _forward(*inputs, ends, keep)[:3]
+
+
+def transition(k: Tensor, e: Tensor) -> Tensor:
+    """The product of ``I - k e^T`` over the tokens ``[B, T, G, F]``, the last one first: ``[B, G, F, F]`` float32. Not
+    differentiable."""
+    B, T, G, F = k.shape
+    if T == 0 or B == 0:
+        return torch.eye(F, device=k.device).expand(B, G, F, F).clone()
+    k, e = k.contiguous(), e.contiguous()
+    layout, tile, kinds = (
+        _layout(tuple(range(0, B * T + 1, T)), k.device),
+        tiles(F, 1, 16, k.dtype),
+        _precision(k.dtype),
+    )
+    inverse, hop = _empty_inverse(k, layout.chunks), torch.empty((B, G, F, F), device=k.device)
+    _inverse[(layout.chunks, G)](
+        k, e, layout.start, layout.length, inverse, G, **tile["_inverse"], **kinds, **_launch("_inverse", F)
+    )
+    _hop[(B * (F // tile["_hop"]["BP"]), G)](
+        k, e, inverse, layout.bounds, layout.first, hop, G, **tile["_hop"], **kinds, **_launch("_hop", F)
+    )
+    return hop
