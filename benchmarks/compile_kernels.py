@@ -24,31 +24,32 @@ from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.perceive import kernels as perceive
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = dict.fromkeys(("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "span_ptr", "wild_ptr"), "*i32") | {
-    "used_ptr": "*i8"
-}
+INTEGERS = ("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "span_ptr", "wild_ptr", "slot_ptr")
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 # Pointers to tensors in the inputs' dtype; all others are float32.
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 
 
-def signature(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
+def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
         elif name in INTEGERS:
             wide = name == "start_ptr" and "slot_ptr" in kernel.arg_names
-            kinds[name] = "*i64" if wide else INTEGERS[name]
+            kinds[name] = "*i64" if wide else "*i32"
         elif name.endswith("_ptr"):
-            kinds[name] = "*bf16" if name.removesuffix("_ptr") in NARROW else "*fp32"
+            kinds[name] = TYPES[dtype] if name.removesuffix("_ptr") in NARROW else "*fp32"
+            if name == "inverse_ptr" and dtype == "float16":
+                kinds[name] = "*bf16"
         else:
             kinds[name] = "fp32" if name == "scale" else "i32"
     return kinds
 
 
-def show(kernel: Any, constants: dict[str, Any], warps: int, stages: int, capability: int) -> None:
+def show(kernel: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int, capability: int) -> None:
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    kinds = signature(kernel, constants)
+    kinds = signature(kernel, constants, dtype)
     # Pointers as torch hands them out: at multiples of 16 bytes, so that loads are wide.
     aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=aligned)
@@ -84,9 +85,13 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--warps", default="4,8")
     parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--dtype", choices=tuple(TYPES), default="bfloat16", help="of the inputs")
     args = parser.parse_args()
-    tile = perceive.tiles(args.features, args.heads, args.value_width, torch.bfloat16)
-    more = {"PRECISION": "tf32", "FLOOR": perceive.RESET}
+    dtype = getattr(torch, args.dtype)
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    launch = perceive.candidates(args.features)[0]
+    tile = perceive.tiles(args.features, args.heads, args.value_width, dtype, launch)
+    more = {"PRECISION": precision, "FLOOR": perceive.RESET}
     rows = {"R": args.features, "BW": args.heads * args.value_width, "CARRIED": False}
     for warps in map(int, args.warps.split(",")):
         for kernel, constants in (
@@ -102,7 +107,14 @@ def main() -> None:
             (perceive._gradients, {"WILD": True}),
         ):
             used = {name: x for name, x in more.items() if name in kernel.arg_names}
-            show(kernel, {**tile[kernel.fn.__name__], **used, **constants}, warps, args.stages, args.capability)
+            show(
+                kernel,
+                {**tile[kernel.fn.__name__], **used, **constants},
+                args.dtype,
+                warps,
+                args.stages,
+                args.capability,
+            )
         for kernel, constants in (
             (memorise._read, {"WIDE": False}),
             (memorise._read_back, {}),
@@ -110,7 +122,8 @@ def main() -> None:
         ):
             show(
                 kernel,
-                {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": "tf32", **constants},
+                {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": precision, **constants},
+                args.dtype,
                 warps,
                 args.stages,
                 args.capability,

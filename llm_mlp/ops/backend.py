@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
@@ -21,17 +21,24 @@ _logged: set[tuple[str, ...]] = set()
 _debug = False
 
 
-def choose(op: str, backend: str, device: torch.device, not_served: str | None = None) -> str:
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    not_served: str | None = None,
+    untrusted: Callable[[], str | None] = lambda: None,
+) -> str:
     """The implementation that runs: ``"reference"``, ``"chunked"`` or ``"triton"``.
 
     Args:
         not_served: what the kernels do not serve of this call's shapes and dtypes; None if they serve it.
+        untrusted: says why the kernels may not be chosen by ``auto`` (`llm_mlp.ops.tune`); None if they may.
 
     Raises:
         ValueError: an unknown name, or ``triton`` where it cannot run.
     """
     if backend == "auto":
-        kind, why = _best(device, not_served)
+        kind, why = _best(device, not_served, untrusted)
         key = (op, kind, device.type, why)
         if key not in _logged and not torch.compiler.is_compiling():
             _logged.add(key)
@@ -46,7 +53,7 @@ def choose(op: str, backend: str, device: torch.device, not_served: str | None =
     raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
-def _best(device: torch.device, not_served: str | None) -> tuple[str, str]:
+def _best(device: torch.device, not_served: str | None, untrusted: Callable[[], str | None]) -> tuple[str, str]:
     """The fastest implementation on a device, and why it is chosen."""
     if device.type != "cuda":
         return "chunked", f"the fast path on {device.type}"
@@ -56,7 +63,9 @@ def _best(device: torch.device, not_served: str | None) -> tuple[str, str]:
         return os.environ[OVERRIDE], f"{OVERRIDE} says so"
     if reason := _no_triton(device) or (f"the kernels do not serve {not_served}" if not_served else None):
         return "chunked", reason
-    return "triton", "the fast path on cuda"
+    if reason := untrusted():
+        return "chunked", reason
+    return "triton", "the fast path on cuda, checked against float64"
 
 
 def _no_triton(device: torch.device) -> str | None:

@@ -1,4 +1,7 @@
-"""Tiles in Triton kernels: products, and rounding, the same compiled and interpreted."""
+"""Tiles in Triton kernels: products, and rounding, the same compiled and interpreted.
+
+One return a function: Triton 3.6 goes on compiling behind one that a compile-time condition has taken.
+"""
 
 from __future__ import annotations
 
@@ -58,29 +61,35 @@ def halves(x):
 def product_halves(high, low, b, PRECISION: tl.constexpr):
     """``a @ b`` of float32 tiles to about 2^-16: a as `halves` (ieee: high is a itself). Three bfloat16 products cost
     less than one TF32 product and its second operand's way through shared memory."""
-    if PRECISION != "tf32":
-        return tl.dot(high, b, input_precision=PRECISION)
-    b_high, b_low = halves(b)
-    out = product(low, b_high, PRECISION)
-    out = product_onto(out, high, b_low, PRECISION)
-    return product_onto(out, high, b_high, PRECISION)
+    if PRECISION == "tf32":
+        b_high, b_low = halves(b)
+        out = product(low, b_high, PRECISION)
+        out = product_onto(out, high, b_low, PRECISION)
+        out = product_onto(out, high, b_high, PRECISION)
+    else:
+        out = tl.dot(high, b, input_precision=PRECISION)
+    return out
 
 
 @triton.jit
 def product_wide(a, b, PRECISION: tl.constexpr):
     """``a @ b`` of a tile in the inputs' dtype and a float32 tile, to about 2^-17 (ieee: as float32)."""
     if PRECISION != "tf32":
-        return tl.dot(a, b, input_precision=PRECISION)
-    high, low = halves(b)
-    if a.dtype == tl.float16:  # no bfloat16 holds it
-        return tl.dot(a.to(tl.float32), b, input_precision=PRECISION)
-    return product_onto(product(a, low, PRECISION), a, high, PRECISION)
+        out = tl.dot(a, b, input_precision=PRECISION)
+    elif a.dtype == tl.float16:  # no bfloat16 holds it
+        out = tl.dot(a.to(tl.float32), b, input_precision=PRECISION)
+    else:
+        high, low = halves(b)
+        out = product_onto(product(a, low, PRECISION), a, high, PRECISION)
+    return out
 
 
 @triton.jit
 def product_split(a, b, PRECISION: tl.constexpr):
     """`product_halves` of two float32 tiles."""
-    if PRECISION != "tf32":
-        return tl.dot(a, b, input_precision=PRECISION)
-    high, low = halves(a)
-    return product_halves(high, low, b, PRECISION)
+    if PRECISION == "tf32":
+        high, low = halves(a)
+        out = product_halves(high, low, b, PRECISION)
+    else:
+        out = tl.dot(a, b, input_precision=PRECISION)
+    return out

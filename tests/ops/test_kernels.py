@@ -199,6 +199,28 @@ def test_two_runs_are_bit_equal():
         assert torch.equal(a, b)
 
 
+def test_compiled_before_anything_ran():
+    """Tracing must leave nothing behind: sizes that no other test has, compiled first."""
+    inputs = [x.to(DEVICE) for x in perceive_inputs(1, 77, 1, 16, 2, 16, dtype=torch.bfloat16)]
+    inputs[4] = inputs[4].float()
+    compiled = torch.compile(run_perceive(None)("triton"), backend="aot_eager", fullgraph=True)
+    first, second = (with_gradients(run, inputs) for run in (compiled, run_perceive(None)("triton")))
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memorise_compiles_whole():
+    def run(q, k, w, sink):
+        y, units = memorise(q, k, w, q.detach().float().sum(-1), sink, block=32, slots=8, backend="triton")
+        return y, units.keys, units.values
+
+    q, k, w, _, sink = (x.to(DEVICE) for x in memorise_inputs(1, 79, 1, 16, 2, 16, dtype=torch.bfloat16))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    first, second = (with_gradients(r, [q, k, w, sink.float()]) for r in (compiled, run))
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
 # -- memorise ------------------------------------------------------------------------------------------------------
 
 # B, T, G, R, m, V, block, slots, cu_seqlens, tokens read before

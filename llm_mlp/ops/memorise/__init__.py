@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_mlp.ops import tune
 from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, debugging, expect, sequence_bounds
 from llm_mlp.ops.memorise import chunked, reference, step
 from llm_mlp.ops.memorise.units import Units, check_sizes, check_units, units_init
@@ -69,7 +70,13 @@ def memorise(
     check_values("memorise", q=q, k=k, w=w, sink=sink, score=score)
     before = _carried(units, k, w, bounds, block, slots)
     score = score.detach().to(before.scores.dtype)
-    kind = choose("memorise", backend, q.device, _not_served(R, m, V, q.dtype))
+    kind = choose(
+        "memorise",
+        backend,
+        q.device,
+        _not_served(R, m, V, q.dtype),
+        lambda: _untrusted(R, m, V, activation, q),
+    )
     with torch.autocast(q.device.type, enabled=False):
         if kind == "reference":
             return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
@@ -150,6 +157,15 @@ def _not_served(R: int, m: int, V: int, dtype: torch.dtype) -> str | None:
     if (2 * R + m * V) * dtype.itemsize > 1536:
         return f"R = {R}, m * V = {m * V} in {dtype} (2 R + m V up to {1536 // dtype.itemsize} is: its tiles on chip)"
     return None
+
+
+def _untrusted(R: int, m: int, V: int, activation: str, like: Tensor) -> str | None:
+    """Why ``auto`` may not choose the kernels."""
+    if like.dtype == torch.float32:
+        return "float32 products of the kernels do without matrix units; backend='triton' runs them"
+    from llm_mlp.ops.memorise import kernels  # triton is optional
+
+    return tune.untrusted("memorise", kernels.sizes_of(R, m, V, activation, like.dtype), str(like.device))
 
 
 def _check(op, k, w, score, units, block, slots, cu_seqlens):

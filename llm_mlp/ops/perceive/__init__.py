@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm_mlp.ops import tune
 from llm_mlp.ops.backend import accumulation_dtype, check_values, choose, expect, sequence_bounds
 from llm_mlp.ops.perceive import chunked, reference, step
 
@@ -66,7 +67,7 @@ def perceive(
         state = state.to(dtype) if T else state.to(dtype, copy=True)  # never the caller's own tensor
     check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
     not_served = _not_served(F, m, V, q.dtype)
-    kind = choose("perceive", backend, q.device, not_served)
+    kind = choose("perceive", backend, q.device, not_served, lambda: _untrusted(F, m, V, q))
     run: Callable = reference.perceive if kind == "reference" else chunked.perceive
     if kind == "triton":
         from llm_mlp.ops.perceive import kernels  # triton is optional
@@ -100,7 +101,7 @@ def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor, *, backend: str
     not_served = _not_served(F, 1, 1, k.dtype)
     if torch.is_grad_enabled() and (k.requires_grad or e.requires_grad):
         not_served = "gradients of a transition"
-    kind = choose("perceive_transition", backend, k.device, not_served)
+    kind = choose("perceive_transition", backend, k.device, not_served, lambda: _untrusted(F, *_TRANSITION, k))
     if kind == "reference":
         raise ValueError("perceive_transition: backend 'reference' is `perceive` from the identity; use 'chunked'")
     with torch.autocast(k.device.type, enabled=False):
@@ -108,7 +109,7 @@ def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor, *, backend: str
         if kind == "triton":
             from llm_mlp.ops.perceive import kernels  # triton is optional
 
-            return kernels.transition(k, e), log_a
+            return kernels.transition(k, e, *_TRANSITION), log_a
         return chunked.transition(k, e, dtype), log_a
 
 
@@ -175,6 +176,18 @@ def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
     if F * V > 2**14:
         return f"F = {F} with V = {V} (F * V up to {2**14:,} is: a head's state in registers)"
     return None
+
+
+_TRANSITION = 1, 16  # m and V at which a transition's kernels, which have neither, are checked
+
+
+def _untrusted(F: int, m: int, V: int, like: Tensor) -> str | None:
+    """Why ``auto`` may not choose the kernels."""
+    if like.dtype == torch.float32:
+        return "float32 products of the kernels do without matrix units; backend='triton' runs them"
+    from llm_mlp.ops.perceive import kernels  # triton is optional
+
+    return tune.untrusted("perceive", kernels.sizes_of(F, m, V, like.dtype), str(like.device))
 
 
 def _shape(op: str, q: Tensor, ndim: int) -> torch.Size:

@@ -63,9 +63,11 @@ from llm_mlp.ops.tiles import (
     product_split,
     product_wide,
 )
+from llm_mlp.ops.tune import Sizes, candidate
 
 # How each kernel is launched, and how many columns a part has; benchmarks/tune_kernels.py checks and times others.
-LAUNCH: dict[str, dict[str, int]] = {
+Table = dict[str, dict[str, int]]
+LAUNCH: Table = {
     "_decays": {"num_warps": 1, "num_stages": 1},
     "_inverse": {"num_warps": 4, "num_stages": 1},
     "_scan": {"columns": 64, "num_warps": 4, "num_stages": 1},
@@ -92,8 +94,10 @@ def limit(dtype: torch.dtype) -> float:
 def _scaled(Z, x, BM: tl.constexpr):
     """``Z [rows, BM * BV]`` times ``x [rows, BM]`` (or ``[1, BM]``), head by head."""
     if BM == 1:
-        return Z * x
-    return tl.reshape(tl.reshape(Z, (Z.shape[0], BM, Z.shape[1] // BM)) * x[:, :, None], Z.shape)
+        out = Z * x
+    else:
+        out = tl.reshape(tl.reshape(Z, (Z.shape[0], BM, Z.shape[1] // BM)) * x[:, :, None], Z.shape)
+    return out
 
 
 @triton.jit
@@ -165,18 +169,21 @@ def _load_inverse(inverse_ptr, at, C: tl.constexpr, PRECISION: tl.constexpr):
     """M as `tiles.halves`; where products are IEEE, M itself (twice)."""
     i = tl.arange(0, C)
     square = i[:, None] * C + i[None, :]
-    if PRECISION != "tf32":
-        M = tl.load(inverse_ptr + at * C * C + square)
-        return M, M
-    return tl.load(inverse_ptr + at * 2 * C * C + square), tl.load(inverse_ptr + (at * 2 + 1) * C * C + square)
+    if PRECISION == "tf32":
+        high = tl.load(inverse_ptr + at * 2 * C * C + square)
+        low = tl.load(inverse_ptr + (at * 2 + 1) * C * C + square)
+    else:
+        high = tl.load(inverse_ptr + at * C * C + square)
+        low = high
+    return high, low
 
 
 @triton.jit
 def _whole(high, low, PRECISION: tl.constexpr):
     """M in float32."""
-    if PRECISION != "tf32":
-        return high
-    return high.to(tl.float32) + low.to(tl.float32)
+    if PRECISION == "tf32":
+        high = high.to(tl.float32) + low.to(tl.float32)
+    return high
 
 
 @triton.jit
@@ -666,11 +673,28 @@ STATE_NUMBERS = 2**13  # of a state's tile in a scan: 64 registers of each of 12
 FEATURES, COLUMNS = 128, 128  # of a tile of the gradients
 
 
-def tiles(F: int, m: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def candidates(F: int) -> tuple[Table, Table]:
+    """Launch tables, the fast one first: `tune` finds which a device gets right. Two warps of a program do without
+    Hopper's wide matrix instructions, which is where Triton's miscompilations there are."""
+    fast = LAUNCH
+    if F > 128:  # twice the registers
+        fast = {kernel: {**launch, "num_warps": max(8, launch["num_warps"])} for kernel, launch in LAUNCH.items()}
+    safe = {kernel: {**launch, "num_warps": min(2, launch["num_warps"])} for kernel, launch in LAUNCH.items()}
+    for kernel in ("_scan", "_scan_back"):
+        safe[kernel]["columns"] = 32
+    return fast, safe
+
+
+def sizes_of(F: int, m: int, V: int, dtype: torch.dtype) -> Sizes:
+    """What `tune` knows a launch by."""
+    return ("F", F), ("m", m), ("V", V), ("dtype", str(dtype).removeprefix("torch."))
+
+
+def tiles(F: int, m: int, V: int, dtype: torch.dtype, launch: Table) -> Table:
     """The constants of each kernel that depend on sizes."""
     less = 4 if dtype == torch.float32 else 1
     fits = STATE_NUMBERS // less // F
-    parts = {name: _Sizes.of(m, V, min(fits, LAUNCH[name]["columns"])) for name in ("_scan", "_scan_back")}
+    parts = {name: _Sizes.of(m, V, min(fits, launch[name]["columns"])) for name in ("_scan", "_scan_back")}
     return {
         "_decays": {"m": m, "BM": triton.next_power_of_2(m), "C": CHUNK},
         "_inverse": {"F": F, "BF": min(F, 128), "C": CHUNK},
@@ -686,10 +710,9 @@ def tiles(F: int, m: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, int
     }
 
 
-def _launch(kernel: str, F: int) -> dict[str, int]:
-    """`LAUNCH`, and twice the warps where a state takes twice the registers."""
-    launch = {name: n for name, n in LAUNCH[kernel].items() if name != "columns"}
-    return launch if F <= 128 else {**launch, "num_warps": max(8, launch["num_warps"])}
+def _how(launch: dict[str, int]) -> dict[str, int]:
+    """What of a launch Triton takes."""
+    return {name: n for name, n in launch.items() if name != "columns"}
 
 
 def _precision(dtype: torch.dtype) -> dict[str, str]:
@@ -723,22 +746,30 @@ class _Call:
 
     G: int
     F: int
-    tile: dict[str, dict[str, int]]
+    launch: Table
+    tile: Table
     precision: dict[str, str]
     bounds: tuple[int, ...]
     spans: tuple[int, ...]
-    layout: _Layout  # of the spans; its chunks are those of the sequences
     device: torch.device
 
     @classmethod
     def of(cls, q: Tensor, w: Tensor, bounds: list[int]) -> _Call:
         (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
-        tile = tiles(F, m, V, q.dtype)
+        launch = candidates(F)[candidate("perceive", sizes_of(F, m, V, q.dtype))]
+        tile = tiles(F, m, V, q.dtype, launch)
         # A hop of F x F has to fit on chip.
         spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]) if F <= 256 else bounds)
-        return cls(
-            G, F, tile, _precision(q.dtype), tuple(bounds), spans, _layout(spans, q.device), q.device
-        )  # fmt: skip
+        return cls(G, F, launch, tile, _precision(q.dtype), tuple(bounds), spans, q.device)
+
+    @property
+    def layout(self) -> _Layout:
+        """Of the spans; its chunks are those of the sequences. (Not to be asked where tensors are fake: it is kept.)"""
+        return _layout(self.spans, self.device)
+
+    @property
+    def chunks(self) -> int:
+        return sum(triton.cdiv(b - a, CHUNK) for a, b in pairwise(self.bounds))
 
     @property
     def cut(self) -> bool:
@@ -751,7 +782,7 @@ class _Call:
     def constants(self, kernel: str, **more: Any) -> dict[str, Any]:
         """What a kernel of `tiles` takes besides tensors."""
         kinds = self.precision if kernel == "_inverse" else {**self.precision, "FLOOR": RESET}
-        return {**self.tile[kernel], **kinds, **more, **_launch(kernel, self.F)}
+        return {**self.tile[kernel], **kinds, **more, **_how(self.launch[kernel])}
 
     def compose(
         self, hop: Tensor, sums: Tensor, own: Tensor, given: Tensor, back: bool
@@ -761,7 +792,7 @@ class _Call:
         first, _ = _first_spans(self.bounds, self.spans, self.device)
         _compose[((len(self.bounds) - 1) * self.tile["_compose"]["PARTS"], self.G)](
             hop, sums, self.layout.first, first, own, given, ends, self.G,
-            STEP=64, BACK=back, **self.precision, **self.tile["_compose"], **_launch("_compose", self.F),
+            STEP=64, BACK=back, **self.precision, **self.tile["_compose"], **_how(self.launch["_compose"]),
         )  # fmt: skip
         return ends
 
@@ -788,7 +819,7 @@ def _forward(
     y, after, residual, before, inverse, down, up, edge, sums, wild, hop = _outputs(q, w, log_decay, state, call, keep)
     _decays[(layout.chunks, G)](
         log_decay, layout.start, layout.length, down, up, edge, sums, wild, G,
-        FLOOR=RESET, LIMIT=limit(q.dtype), **call.tile["_decays"], **LAUNCH["_decays"],
+        FLOOR=RESET, LIMIT=limit(q.dtype), **call.tile["_decays"], **_how(call.launch["_decays"]),
     )  # fmt: skip
     _inverse[(layout.chunks, G)](k, e, layout.start, layout.length, inverse, G, **call.constants("_inverse"))
 
@@ -804,7 +835,7 @@ def _forward(
         return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
     parts = call.tile["_hop"]
     _hop[(len(hop) * (F // parts["BP"]), G)](
-        k, e, inverse, layout.bounds, layout.first, hop, G, **parts, **call.precision, **_launch("_hop", F)
+        k, e, inverse, layout.bounds, layout.first, hop, G, **parts, **call.precision, **_how(call.launch["_hop"])
     )
     ends = state.new_empty((len(hop), *state.shape[1:]))
     scan(torch.zeros_like(ends), ends, False, True)
@@ -821,7 +852,7 @@ def _empty_inverse(like: Tensor, chunks: int) -> Tensor:
 
 
 def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, call: _Call, keep: bool) -> _Tensors:
-    G, F, (m, V), chunks = call.G, call.F, w.shape[-2:], call.layout.chunks
+    G, F, (m, V), chunks = call.G, call.F, w.shape[-2:], call.chunks
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -925,23 +956,21 @@ def perceive(
     return _forward(*inputs, ends, keep)[:3]
 
 
-def transition(k: Tensor, e: Tensor) -> Tensor:
+def transition(k: Tensor, e: Tensor, m: int, V: int) -> Tensor:
     """The product of ``I - k e^T`` over the tokens ``[B, T, G, F]``, the last one first: ``[B, G, F, F]`` float32. Not
-    differentiable."""
+    differentiable. ``m``, ``V``: the sizes of which `tune` knows the launch."""
     B, T, G, F = k.shape
     if T == 0 or B == 0:
         return torch.eye(F, device=k.device).expand(B, G, F, F).clone()
     k, e = k.contiguous(), e.contiguous()
-    layout, tile, kinds = (
-        _layout(tuple(range(0, B * T + 1, T)), k.device),
-        tiles(F, 1, 16, k.dtype),
-        _precision(k.dtype),
-    )
+    launch = candidates(F)[candidate("perceive", sizes_of(F, m, V, k.dtype))]
+    tile, kinds = tiles(F, m, V, k.dtype, launch), _precision(k.dtype)
+    layout = _layout(tuple(range(0, B * T + 1, T)), k.device)
     inverse, hop = _empty_inverse(k, layout.chunks), torch.empty((B, G, F, F), device=k.device)
     _inverse[(layout.chunks, G)](
-        k, e, layout.start, layout.length, inverse, G, **tile["_inverse"], **kinds, **_launch("_inverse", F)
+        k, e, layout.start, layout.length, inverse, G, **tile["_inverse"], **kinds, **_how(launch["_inverse"])
     )
     _hop[(B * (F // tile["_hop"]["BP"]), G)](
-        k, e, inverse, layout.bounds, layout.first, hop, G, **tile["_hop"], **kinds, **_launch("_hop", F)
+        k, e, inverse, layout.bounds, layout.first, hop, G, **tile["_hop"], **kinds, **_how(launch["_hop"])
     )
     return hop

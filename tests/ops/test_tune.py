@@ -1,0 +1,142 @@
+"""Which launch of the kernels is trusted: what is checked, remembered, and told."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from op_cases import perceive_inputs
+
+from llm_mlp.ops import backend, perceive, tune
+
+SIZES = (("F", 16), ("m", 2), ("V", 16), ("dtype", "bfloat16"))
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """The launches that are checked; those in ``wrong`` fail."""
+    monkeypatch.setenv("LLM_MLP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_known", {})
+    seen: list[int] = []
+    wrong: set[int] = set()
+
+    def check(op, sizes, number, device):
+        seen.append(number)
+        return ["case 0, tensor 1: rms error 3, of chunked 0.01"] if number in wrong else []
+
+    monkeypatch.setattr(tune, "check_apart", check)
+    return seen, wrong
+
+
+def again(monkeypatch):
+    """As a new process would find it."""
+    monkeypatch.setattr(tune, "_known", {})
+
+
+def test_what_passed_is_remembered(asked, monkeypatch):
+    seen, _ = asked
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    assert tune.candidate("perceive", SIZES) == 0
+    again(monkeypatch)
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    assert seen == [0]
+    assert tune.untrusted("perceive", (*SIZES[:1], ("m", 4), *SIZES[2:]), "cpu") is None
+    assert seen == [0, 0]  # other sizes are another check
+
+
+def test_the_second_launch_stands_in(asked, monkeypatch):
+    seen, wrong = asked
+    wrong.add(0)
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    assert tune.candidate("perceive", SIZES) == 1 and seen == [0, 1]
+    again(monkeypatch)
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    assert tune.candidate("perceive", SIZES) == 1 and seen == [0, 1]
+
+
+def test_wrong_kernels_are_not_trusted_and_it_is_said(asked, monkeypatch, caplog):
+    asked[1].update((0, 1))
+    with caplog.at_level(logging.WARNING, "llm_mlp.ops"):
+        reason = tune.untrusted("perceive", SIZES, "cpu")
+    assert reason and "failed their check on this device" in reason and "tensor 1: rms error 3" in reason
+    assert "the kernels are wrong here for F = 16, m = 2, V = 16" in caplog.text
+    again(monkeypatch)
+    assert tune.untrusted("perceive", SIZES, "cpu") == reason
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"perceive'])
+def test_a_broken_file_is_made_anew(asked, tmp_path, broken):
+    (tmp_path / "kernels.json").write_text(broken)
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    (key,) = json.loads((tmp_path / "kernels.json").read_text())
+    assert key.startswith("perceive F=16 m=2 V=16 dtype=bfloat16 cpu ")
+
+
+def test_a_file_that_cannot_be_written_is_said(asked, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLM_MLP_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, "llm_mlp.ops"):
+        assert tune.untrusted("perceive", SIZES, "cpu") is None
+    assert "cannot be written" in caplog.text
+
+
+def test_auto_asks_before_it_chooses(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.delenv(backend.OVERRIDE, raising=False)
+    monkeypatch.setattr(backend, "_no_triton", lambda device: None)
+    assert backend.choose("perceive", "auto", cuda) == "triton"
+    assert backend.choose("perceive", "auto", cuda, None, lambda: "wrong here") == "chunked"
+    assert backend.choose("perceive", "auto", cuda, "F = 24", lambda: pytest.fail("nothing to ask")) == "chunked"
+    assert backend.choose("perceive", "triton", cuda, None, lambda: "wrong here") == "triton"  # as told
+    monkeypatch.setenv(backend.OVERRIDE, "chunked")
+    assert backend.choose("perceive", "auto", cuda) == "chunked"
+    monkeypatch.setenv(backend.OVERRIDE, "reference")
+    with pytest.raises(ValueError, match="LLM_MLP_BACKEND=reference: expected chunked or triton"):
+        backend.choose("perceive", "auto", cuda)
+
+
+def test_compare_tells_a_wrong_tensor():
+    truth = torch.randn(2000, dtype=torch.float64)
+    near, yard = (truth + 1e-3 * torch.randn(2000, dtype=torch.float64) for _ in range(2))
+    assert tune.compare("y", [near.float()], [yard.float()], [truth]) == []
+    off = near.clone()
+    off[7] += 0.04
+    assert "largest error" in tune.compare("y", [off.float()], [yard.float()], [truth])[0]
+    assert tune.compare("y", [near.mul(torch.inf)], [yard], [truth]) == ["y: not finite"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_check_itself(monkeypatch, number):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert tune.check_apart("perceive", SIZES, number, "cpu") == []
+    sizes = (("R", 16), ("m", 2), ("V", 16), ("activation", "softmax"), ("dtype", "bfloat16"))
+    assert tune.check_apart("memorise", sizes, number, "cpu") == []
+
+
+def test_a_check_that_dies_says_how(monkeypatch):
+    monkeypatch.setattr(tune.sys, "executable", "/bin/false")
+    assert tune.check_apart("perceive", SIZES, 0, "cpu") == ["the check ended with 1: "]
+    monkeypatch.setattr(tune.sys, "executable", "/nowhere/python")
+    assert "the check did not start" in tune.check_apart("perceive", SIZES, 0, "cpu")[0]
+
+
+def test_the_second_launch_computes_the_same(monkeypatch):
+    pytest.importorskip("triton")
+    inputs = perceive_inputs(1, 70, 1, 16, 2, 16, dtype=torch.float32)
+    if torch.cuda.is_available():
+        inputs = [x.cuda() for x in inputs]
+    first = perceive(*inputs, backend="triton")[0]
+    monkeypatch.setitem(tune._known, ("perceive", (*SIZES[:3], ("dtype", "float32"))), (1, ""))
+    assert torch.allclose(perceive(*inputs, backend="triton")[0], first, atol=1e-5)
+
+
+def test_the_question_is_asked_while_tracing(asked):
+    def f(x):
+        return x + 1 if tune.untrusted("perceive", SIZES, str(x.device)) is None else x
+
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2)) and asked[0] == [0]
