@@ -3,10 +3,10 @@
     python benchmarks/tune_kernels.py [perceive|memorise] [--kernels _scan] [--workers 8] [--results FILE]
 
 Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random
-inputs, in a process of its own, because a miscompiled one may take the device's context with it; a tensor passes whose
+inputs, in a process of its own, because a miscompiled one may take the device's context with it. A tensor passes whose
 root mean square and largest error are at most twice those of `chunked` in the same dtype with the same rounding of
-operands, or 2 eps of its dtype times the root mean square of the truth. Those that pass are timed alone, at 131,072
-tokens, by torch's profiler.
+operands, or 2 eps of its dtype times the root mean square of the truth, which is the reference in float64. Those that
+pass are timed alone, at 131,072 tokens, by torch's profiler.
 JSON lines; a configuration that fails says which tensor and by how much.
 """
 
@@ -31,6 +31,7 @@ from llm_mlp.bench.record import record
 from llm_mlp.ops import memorise, perceive
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
+from llm_mlp.ops.tune import both_ways, compare
 
 DEVICE = torch.device("cuda")
 SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}
@@ -58,19 +59,6 @@ CANDIDATES = {
 TABLES = {"perceive": perceive_kernels.LAUNCH, "memorise": memorise_kernels.LAUNCH}
 
 
-def both_ways(run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients of a fixed random projection of them."""
-    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = run(*leaves)
-    generator = torch.Generator().manual_seed(0)
-    loss = sum(
-        (o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)).sum()
-        for o in outputs
-    )
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [x.detach() for x in (*outputs, *(g for g in grads if g is not None))]
-
-
 def runner(op: str, backend: str, s: Shape) -> Callable[..., tuple[Tensor, ...]]:
     if op == "perceive":
         return lambda *x: perceive(*x, return_residual=True, backend=backend)
@@ -91,20 +79,14 @@ def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
     torch.cuda.empty_cache()
     got = both_ways(runner(op, "triton", s), inputs)
     again = both_ways(runner(op, "triton", s), inputs)
-    found, ratios = [], {}
-    for name, g, a, y, t in zip(NAMES[op].split(), got, again, yard, truth, strict=True):
-        if not torch.equal(g, a):
-            found.append(f"{name}: two runs differ")
-        mine, other = g.double() - t, y.double() - t
-        floor = 2 * torch.finfo(g.dtype).eps * t.square().mean().sqrt()
-        few = 4 if t.numel() < 1000 else 1  # an error of few numbers is chance
-        if bool(other.any()):
-            ratios[name] = round(float(mine.square().mean().sqrt() / other.square().mean().sqrt()), 3)
-        for what, a, b in (("rms", mine.square().mean().sqrt(), other.square().mean().sqrt()),
-                           ("largest", mine.abs().max(), other.abs().max())):  # fmt: skip
-            if not a <= few * max(2 * b, floor):
-                found.append(f"{name}: {what} {a:.3g}, yardstick {b:.3g}")
-    return found, ratios
+    names = NAMES[op].split()
+    found = compare(names, got, yard, truth, largest=1)
+    found += [f"{name}: two runs differ" for name, a, b in zip(names, got, again, strict=True) if not torch.equal(a, b)]
+    errors = {
+        name: [float((x.double() - t).square().mean().sqrt()) for x in (g, y)]
+        for name, g, y, t in zip(names, got, yard, truth, strict=True)
+    }
+    return found, {name: round(mine / other, 3) for name, (mine, other) in errors.items() if other}
 
 
 def check(op: str, m: int, V: int) -> dict[str, Any]:
