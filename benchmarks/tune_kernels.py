@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from llm_mlp.bench.record import record
 from llm_mlp.ops import memorise, perceive
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
-from llm_mlp.ops.tune import both_ways, compare
+from llm_mlp.ops.tune import ASSEMBLER, both_ways, compare, newest_assembler
 
 DEVICE = torch.device("cuda")
 SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}
@@ -157,6 +158,8 @@ def main() -> None:
         TABLES[spec["op"]][spec["kernel"]] = spec["launch"]
         print(json.dumps(check(spec["op"], spec["m"], spec["V"])))
         return
+    if newest := newest_assembler():  # for this process and those that check
+        os.environ[ASSEMBLER] = newest
     if unknown := set(args.ops) - set(TABLES):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; known: perceive, memorise")
     wanted = [k for k in args.kernels.split(",") if k] or list(CANDIDATES)
@@ -175,7 +178,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.workers) as pool:
             checks = list(pool.map(lambda job: check_apart(*job, args.heads, args.value_width), jobs))
     for (op, kernel, launch), row in zip(jobs, checks, strict=True):
-        row = {"op": op, "kernel": kernel, "launch": launch, "length": args.length, **row}
+        row = {"op": op, "kernel": kernel, "launch": launch, "assembler": newest, "length": args.length, **row}
         if not row["failures"] and not args.no_times:
             s = Shape(args.tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
             before, TABLES[op][kernel] = TABLES[op][kernel], launch

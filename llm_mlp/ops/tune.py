@@ -1,7 +1,9 @@
 """Which launch of the kernels a device gets right: checked against float64 before ``auto`` may choose it.
 
 Compilers miscompile some kernels of this family on some GPUs (Triton 3.4 to 3.7 on Hopper: flash-linear-attention
-issues 640, 984 and 1262), silently or by an illegal access. So the kernels are checked once for each device, compiler
+issues 640, 984 and 1262; the last traces it to the assembler that Triton brings for Hopper, ptxas 12.8, and finds 13.1
+right), silently or by an illegal access. So the newest assembler at hand is tried first, and the kernels are
+checked once for each device, compiler
 and set of sizes, forward and backward, beside `chunked` in the same dtype. The check runs in a process of its own,
 because a miscompiled kernel can take the process's device with it, and what it found is kept in a file: in
 ``$LLM_MLP_CACHE``, else ``$XDG_CACHE_HOME/llm_mlp``, else ``~/.cache/llm_mlp``.
@@ -13,17 +15,22 @@ it has under 1,000 numbers, whose error is chance. The truth is `chunked` in flo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +38,87 @@ from torch import Tensor
 log = logging.getLogger("llm_mlp.ops")
 
 Sizes = tuple[tuple[str, int | str], ...]  # constants of a kernel, by name; dtype by its name
-_known: dict[tuple[str, Sizes], tuple[int | None, str]] = {}  # the candidate that passed, or why none did
+Table = dict[str, dict[str, Any]]  # how each kernel of an op is launched
 TIMEOUT = 600  # seconds a check may take
 
 
-def candidate(op: str, sizes: Sizes) -> int:
-    """Which of an op's launch tables (``kernels.candidates``) runs: the one that passed, else the first."""
-    return _known.get((op, sizes), (0, ""))[0] or 0
+class Plan(NamedTuple):
+    """One way to run an op's kernels: which of its launch tables (``kernels.candidates``), and the assembler that
+    compiles them (the path of a ptxas; empty: Triton's own)."""
+
+    table: int = 0
+    assembler: str = ""
+
+    def of(self, tables: Sequence[Table]) -> Table:
+        """The launch table. The option changes nothing but the key that Triton keeps binaries under."""
+        table = tables[self.table]
+        if self.assembler:
+            table = {kernel: {**launch, "ptx_options": "-O3"} for kernel, launch in table.items()}
+        return table
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Kernels first launched in the ``with`` block are compiled by the plan's assembler."""
+        before = os.environ.get(ASSEMBLER)
+        if self.assembler:
+            os.environ[ASSEMBLER] = self.assembler
+        try:
+            yield
+        finally:
+            if self.assembler:
+                os.environ.pop(ASSEMBLER)
+                if before is not None:
+                    os.environ[ASSEMBLER] = before
+
+
+ASSEMBLER = "TRITON_PTXAS_PATH"  # as Triton reads it
+SYSTEM_ASSEMBLER = "/usr/local/cuda/bin/ptxas"
+_known: dict[tuple[str, Sizes], tuple[Plan | None, str]] = {}  # the plan that passed, or why none did
+
+
+def plan(op: str, sizes: Sizes) -> Plan:
+    """How an op's kernels run: the plan that passed, else the first."""
+    return _known.get((op, sizes), (None, ""))[0] or Plan()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` contiguous and, as Triton's wide loads want it, at a multiple of 16 bytes."""
+    x = x.contiguous()
+    if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
+        return x
+    return x.clone()
+
+
+def plans() -> list[Plan]:
+    """All plans, the fastest and likeliest first."""
+    newest = newest_assembler()
+    return [Plan(table, path) for table in range(2) for path in dict.fromkeys((newest, ""))]
+
+
+@lru_cache(maxsize=1)
+def newest_assembler() -> str:
+    """The path of the newest ptxas here, if it is newer than the one that Triton would take; else empty."""
+    if os.environ.get(ASSEMBLER):
+        return ""  # the user has chosen
+    own = Path(find_spec("triton").origin or "").parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [str(own / "ptxas-blackwell"), *(str(Path(home) / "bin" / "ptxas") for home in homes)]
+    found += [path for path in (shutil.which("ptxas"), SYSTEM_ASSEMBLER) if path]
+    best, best_version = "", _version(str(own / "ptxas"))
+    for path in found:
+        if (number := _version(path)) > best_version:
+            best, best_version = path, number
+    return best
+
+
+def _version(path: str) -> tuple[int, ...]:
+    """Of a ptxas; empty if there is none."""
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    number = re.search(r"V(\d+)\.(\d+)\.(\d+)", text)
+    return tuple(map(int, number.groups())) if number else ()
 
 
 @torch.compiler.assume_constant_result
@@ -49,7 +130,7 @@ def untrusted(op: str, sizes: Sizes, device: str) -> str | None:
     return found[1] if found[0] is None else None
 
 
-def _look_up(op: str, sizes: Sizes, device: str) -> tuple[int | None, str]:
+def _look_up(op: str, sizes: Sizes, device: str) -> tuple[Plan | None, str]:
     file, key = _cache_file(), _key(op, sizes, device)
     kept = _read(file)
     if key not in kept:
@@ -57,19 +138,19 @@ def _look_up(op: str, sizes: Sizes, device: str) -> tuple[int | None, str]:
         log.info("%s: checking the kernels for %s against float64 (once for this device, under a minute)", op, what)
         found: list[str] = []
         passed = None
-        for n in range(2):
-            failures = check_apart(op, sizes, n, device)
+        for way in plans():
+            failures = check_apart(op, sizes, way, device)
             if not failures:
-                passed = n
+                passed = way
                 break
-            found.append(f"launch {n}: {'; '.join(failures)}")
-        kept[key] = {"candidate": passed, "failures": found}
+            found.append(f"{way}: {'; '.join(failures)}")
+        kept[key] = {"plan": passed, "failures": found}
         if passed is None:
             log.warning("%s: the kernels are wrong here for %s and will not be used: %s", op, what, " | ".join(found))
         _write(file, {**_read(file), key: kept[key]})
     row = kept[key]
-    if row["candidate"] is not None:
-        return row["candidate"], ""
+    if row["plan"] is not None:
+        return Plan(*row["plan"]), ""
     return None, f"the kernels failed their check on this device: {' | '.join(row['failures'])[:300]}"
 
 
@@ -83,7 +164,15 @@ def _key(op: str, sizes: Sizes, device: str) -> str:
     except PackageNotFoundError:
         compiler = "?"
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    facts = [op, *(f"{n}={s}" for n, s in sizes), name, torch.__version__, compiler, code.hexdigest()[:16]]
+    facts = [
+        op,
+        *(f"{n}={s}" for n, s in sizes),
+        name,
+        torch.__version__,
+        compiler,
+        newest_assembler(),
+        code.hexdigest(),
+    ]
     return " ".join(facts)
 
 
@@ -118,9 +207,9 @@ def _write(file: Path, rows: dict[str, Any]) -> None:
 # -- the check -----------------------------------------------------------------------------------------------------
 
 
-def check_apart(op: str, sizes: Sizes, number: int, device: str) -> list[str]:
-    """`check` of a launch table in a process of its own: what fails."""
-    spec = json.dumps({"op": op, "sizes": sizes, "candidate": number, "device": device})
+def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> list[str]:
+    """`check` of a plan in a process of its own: what fails."""
+    spec = json.dumps({"op": op, "sizes": sizes, "plan": way, "device": device})
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import main; main()", spec],
@@ -219,7 +308,7 @@ def _perceive_cases(F: int, m: int, V: int, dtype: torch.dtype, device: str) -> 
 
 
 def _memorise_cases(
-    R: int, m: int, V: int, activation: str, dtype: torch.dtype, device: str
+    R: int, width: int, activation: str, dtype: torch.dtype, device: str
 ) -> list[tuple[Callable, list[Tensor]]]:
     from llm_mlp.ops.memorise import memorise
 
@@ -230,7 +319,7 @@ def _memorise_cases(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    q, k, w = normal(B, T, G, R), normal(B, T, G, R), normal(B, T, G, m, V)
+    q, k, w = normal(B, T, G, R), normal(B, T, G, R), normal(B, T, G, 1, width)
     score = torch.rand((B, T, G), generator=generator).to(device)
     sink = torch.zeros(G, device=device)
 
@@ -274,7 +363,7 @@ def check(op: str, sizes: Sizes, device: str) -> list[str]:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     sizes = tuple((name, size) for name, size in spec["sizes"])
-    _known[spec["op"], sizes] = spec["candidate"], ""
+    _known[spec["op"], sizes] = Plan(*spec["plan"]), ""
     try:
         found = check(spec["op"], sizes, spec["device"])
     except Exception as error:  # whatever a compiler or a device says: the kernels do not run here

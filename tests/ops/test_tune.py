@@ -22,11 +22,13 @@ def asked(monkeypatch, tmp_path):
     seen: list[int] = []
     wrong: set[int] = set()
 
-    def check(op, sizes, number, device):
+    def check(op, sizes, way, device):
+        number = tune.plans().index(way)
         seen.append(number)
         return ["case 0, tensor 1: rms error 3, of chunked 0.01"] if number in wrong else []
 
     monkeypatch.setattr(tune, "check_apart", check)
+    monkeypatch.setattr(tune, "newest_assembler", lambda: "/new/ptxas")
     return seen, wrong
 
 
@@ -38,7 +40,7 @@ def again(monkeypatch):
 def test_what_passed_is_remembered(asked, monkeypatch):
     seen, _ = asked
     assert tune.untrusted("perceive", SIZES, "cpu") is None
-    assert tune.candidate("perceive", SIZES) == 0
+    assert tune.plan("perceive", SIZES) == tune.Plan(0, "/new/ptxas")
     again(monkeypatch)
     assert tune.untrusted("perceive", SIZES, "cpu") is None
     assert seen == [0]
@@ -46,18 +48,18 @@ def test_what_passed_is_remembered(asked, monkeypatch):
     assert seen == [0, 0]  # other sizes are another check
 
 
-def test_the_second_launch_stands_in(asked, monkeypatch):
+def test_the_next_plan_stands_in(asked, monkeypatch):
     seen, wrong = asked
-    wrong.add(0)
+    wrong.update((0, 1))
     assert tune.untrusted("perceive", SIZES, "cpu") is None
-    assert tune.candidate("perceive", SIZES) == 1 and seen == [0, 1]
+    assert tune.plan("perceive", SIZES) == tune.Plan(1, "/new/ptxas") and seen == [0, 1, 2]
     again(monkeypatch)
     assert tune.untrusted("perceive", SIZES, "cpu") is None
-    assert tune.candidate("perceive", SIZES) == 1 and seen == [0, 1]
+    assert tune.plan("perceive", SIZES) == tune.Plan(1, "/new/ptxas") and seen == [0, 1, 2]
 
 
 def test_wrong_kernels_are_not_trusted_and_it_is_said(asked, monkeypatch, caplog):
-    asked[1].update((0, 1))
+    asked[1].update(range(4))
     with caplog.at_level(logging.WARNING, "llm_mlp.ops"):
         reason = tune.untrusted("perceive", SIZES, "cpu")
     assert reason and "failed their check on this device" in reason and "tensor 1: rms error 3" in reason
@@ -112,16 +114,16 @@ def test_compare_tells_a_wrong_tensor():
 def test_the_check_itself(monkeypatch, number):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert tune.check_apart("perceive", SIZES, number, "cpu") == []
-    sizes = (("R", 16), ("m", 2), ("V", 16), ("activation", "softmax"), ("dtype", "bfloat16"))
-    assert tune.check_apart("memorise", sizes, number, "cpu") == []
+    assert tune.check_apart("perceive", SIZES, tune.Plan(number), "cpu") == []
+    sizes = (("R", 16), ("width", 32), ("activation", "softmax"), ("dtype", "bfloat16"))
+    assert tune.check_apart("memorise", sizes, tune.Plan(number), "cpu") == []
 
 
 def test_a_check_that_dies_says_how(monkeypatch):
     monkeypatch.setattr(tune.sys, "executable", "/bin/false")
-    assert tune.check_apart("perceive", SIZES, 0, "cpu") == ["the check ended with 1: "]
+    assert tune.check_apart("perceive", SIZES, tune.Plan(), "cpu") == ["the check ended with 1: "]
     monkeypatch.setattr(tune.sys, "executable", "/nowhere/python")
-    assert "the check did not start" in tune.check_apart("perceive", SIZES, 0, "cpu")[0]
+    assert "the check did not start" in tune.check_apart("perceive", SIZES, tune.Plan(), "cpu")[0]
 
 
 def test_the_second_launch_computes_the_same(monkeypatch):
@@ -130,7 +132,7 @@ def test_the_second_launch_computes_the_same(monkeypatch):
     if torch.cuda.is_available():
         inputs = [x.cuda() for x in inputs]
     first = perceive(*inputs, backend="triton")[0]
-    monkeypatch.setitem(tune._known, ("perceive", (*SIZES[:3], ("dtype", "float32"))), (1, ""))
+    monkeypatch.setitem(tune._known, ("perceive", (*SIZES[:3], ("dtype", "float32"))), (tune.Plan(1), ""))
     assert torch.allclose(perceive(*inputs, backend="triton")[0], first, atol=1e-5)
 
 
@@ -140,3 +142,43 @@ def test_the_question_is_asked_while_tracing(asked):
 
     compiled = torch.compile(f, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.zeros(2)), torch.ones(2)) and asked[0] == [0]
+
+
+def fake_assembler(folder, name, number):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\necho Cuda compilation tools, release X, V{number}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_the_newest_assembler_is_found(monkeypatch, tmp_path):
+    monkeypatch.delenv(tune.ASSEMBLER, raising=False)
+    own = tmp_path / "triton" / "backends" / "nvidia" / "bin"
+    fake_assembler(own, "ptxas", "12.8.93")
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    monkeypatch.setattr(
+        tune, "find_spec", lambda name: type("Spec", (), {"origin": str(tmp_path / "triton" / "__init__.py")})
+    )
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(tune.shutil, "which", lambda name: None)
+    monkeypatch.setattr(tune, "SYSTEM_ASSEMBLER", str(tmp_path / "nothing"))
+    find = tune.newest_assembler.__wrapped__
+    fake_assembler(own, "ptxas-blackwell", "12.8.61")
+    assert find() == ""  # older
+    fake_assembler(own, "ptxas-blackwell", "13.1.80")
+    assert find() == str(own / "ptxas-blackwell")
+    fake_assembler(tmp_path / "cuda" / "bin", "ptxas", "13.10.1")
+    assert find() == str(tmp_path / "cuda" / "bin" / "ptxas")
+    monkeypatch.setenv(tune.ASSEMBLER, "/chosen/ptxas")
+    assert find() == ""
+
+
+def test_a_plan_compiles_with_its_assembler(monkeypatch):
+    monkeypatch.setenv(tune.ASSEMBLER, "/before")
+    with tune.Plan(0, "/new/ptxas").compiling():
+        assert tune.os.environ[tune.ASSEMBLER] == "/new/ptxas"
+    assert tune.os.environ[tune.ASSEMBLER] == "/before"
+    with tune.Plan().compiling():
+        assert tune.os.environ[tune.ASSEMBLER] == "/before"
+    tables = [{"_scan": {"num_warps": 4}}, {"_scan": {"num_warps": 2}}]
+    assert tune.Plan(1).of(tables) == {"_scan": {"num_warps": 2}}
+    assert tune.Plan(0, "/new/ptxas").of(tables)["_scan"].keys() == {"num_warps", "ptx_options"}

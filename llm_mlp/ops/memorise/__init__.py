@@ -165,7 +165,7 @@ def _untrusted(R: int, m: int, V: int, activation: str, like: Tensor) -> str | N
         return "float32 products of the kernels do without matrix units; backend='triton' runs them"
     from llm_mlp.ops.memorise import kernels  # triton is optional
 
-    return tune.untrusted("memorise", kernels.sizes_of(R, m, V, activation, like.dtype), str(like.device))
+    return tune.untrusted("memorise", kernels.sizes_of(R, m * V, activation, like.dtype), str(like.device))
 
 
 def _check(op, k, w, score, units, block, slots, cu_seqlens):

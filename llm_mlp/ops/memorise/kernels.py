@@ -27,10 +27,9 @@ from llm_mlp.ops.layout import Pieces
 from llm_mlp.ops.memorise.chunked import choose, is_fresh, lead_rows, only_length, pools
 from llm_mlp.ops.memorise.units import Units
 from llm_mlp.ops.tiles import exponential, narrow, product, product_onto
-from llm_mlp.ops.tune import Sizes, candidate
+from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 # How each kernel is launched, and its tiles of queries and rows; benchmarks/tune_kernels.py checks and times others.
-Table = dict[str, dict[str, int]]
 LAUNCH: Table = {
     "_read": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
     "_read_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
@@ -99,7 +98,7 @@ def _take_in(
     return top, total, y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "slots"])
 def _read(
     q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, sink_ptr, start_ptr, length_ptr,
     y_ptr, norm_ptr, G, slots, width, scale,
@@ -154,7 +153,7 @@ def _owed(
     return exact + tl.sum(p * worth, 1), product_onto(dq, narrow(dz, k.dtype), k, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "slots"])
 def _read_back(
     q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, sink_ptr, start_ptr, length_ptr,
     y_ptr, norm_ptr, dy_ptr, dq_ptr, dot_ptr, dsink_ptr, G, slots, width, scale,
@@ -200,7 +199,7 @@ def _read_back(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "slots"])
 def _rows_back(
     q_ptr, k_ptr, w_ptr, old_k_ptr, old_w_ptr, slot_ptr, start_ptr, length_ptr,
     norm_ptr, dy_ptr, dot_ptr, dk_ptr, dw_ptr, slot_dk_ptr, slot_dw_ptr, G, slots, width, scale,
@@ -325,9 +324,9 @@ def candidates() -> tuple[Table, Table]:
     return LAUNCH, {kernel: {"BQ": 32, "BK": 32, "num_warps": 2, "num_stages": 1} for kernel in LAUNCH}
 
 
-def sizes_of(R: int, m: int, V: int, activation: str, dtype: torch.dtype) -> Sizes:
-    """What `tune` knows a launch by."""
-    return ("R", R), ("m", m), ("V", V), ("activation", activation), ("dtype", str(dtype).removeprefix("torch."))
+def sizes_of(R: int, width: int, activation: str, dtype: torch.dtype) -> Sizes:
+    """What `tune` knows a launch by; ``width``: m * V."""
+    return ("R", R), ("width", width), ("activation", activation), ("dtype", str(dtype).removeprefix("torch."))
 
 
 @torch.library.custom_op("llm_mlp::memorise_rank", mutates_args=())
@@ -352,7 +351,7 @@ def _(scores, slots):
 @torch.library.custom_op("llm_mlp::memorise_read", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, w: Tensor, old_k: Tensor, old_w: Tensor, slot: Tensor, sink: Tensor,
-    start: Tensor, length: Tensor, block: int, softmax: bool, table: int,
+    start: Tensor, length: Tensor, block: int, softmax: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y ``[P, G, m V]`` by row, and the normalisers ``[P, G]``.
 
@@ -360,20 +359,21 @@ def _forward(
         q, k: ``[P, G, R]``, w: ``[P, G, m V]``, by row. old_k, old_w: carried rows ``[C, G, ...]``.
         slot: int32 ``[b, G, slots]``, the row in each of a block's slots (`EMPTY`; below it, carried ones).
         sink: ``[G]``. start, length: each block's first row and number of rows, at most ``block``.
-        table: of `candidates`.
     """
     (P, G, R), width, slots = q.shape, w.shape[-1], slot.shape[-1]
     y, norm = torch.empty_like(w), torch.empty((P, G), dtype=torch.float32, device=q.device)
-    launch = candidates()[table]["_read"]
-    _read[(len(start), G, triton.cdiv(block, launch["BQ"]))](
-        q, k, w, old_k, old_w, slot, sink, start, length, y, norm, G, slots, width, R**-0.5,
-        WIDE=q.dtype == torch.float16 and not softmax, CARRIED=len(old_k) > 0, **_sizes(q, w, softmax), **launch,
-    )  # fmt: skip
+    way = plan("memorise", sizes_of(R, width, "softmax" if softmax else "relu2", q.dtype))
+    launch = way.of(candidates())["_read"]
+    with way.compiling():
+        _read[(len(start), G, triton.cdiv(block, launch["BQ"]))](
+            q, k, w, old_k, old_w, slot, sink, start, length, y, norm, G, slots, width, R**-0.5,
+            WIDE=q.dtype == torch.float16 and not softmax, CARRIED=len(old_k) > 0, **_sizes(q, w, softmax), **launch,
+        )  # fmt: skip
     return y, norm
 
 
 @_forward.register_fake
-def _(q, k, w, old_k, old_w, slot, sink, start, length, block, softmax, table):
+def _(q, k, w, old_k, old_w, slot, sink, start, length, block, softmax):
     return torch.empty_like(w), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
@@ -389,27 +389,28 @@ def _sizes(q: Tensor, w: Tensor, softmax: bool) -> dict[str, Any]:
 @torch.library.custom_op("llm_mlp::memorise_read_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, w: Tensor, old_k: Tensor, old_w: Tensor, slot: Tensor, sink: Tensor,
-    start: Tensor, length: Tensor, y: Tensor, norm: Tensor, dy: Tensor, block: int, softmax: bool, table: int,
+    start: Tensor, length: Tensor, y: Tensor, norm: Tensor, dy: Tensor, block: int, softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, w, old_k, old_w and sink."""
     (P, G, R), width, slots, sizes = q.shape, w.shape[-1], slot.shape[-1], _sizes(q, w, softmax)
-    dy = dy.contiguous()
+    dy = aligned(dy)
     dq, dk, dw, dot = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(norm)
-    launch = candidates()[table]["_read_back"]
+    way = plan("memorise", sizes_of(R, width, "softmax" if softmax else "relu2", q.dtype))
+    launch, launch_rows = (way.of(candidates())[kernel] for kernel in ("_read_back", "_rows_back"))
     tiles = triton.cdiv(block, launch["BQ"])
     dsink = torch.empty((len(start), G, tiles), dtype=torch.float32, device=q.device)
-    carried = len(old_k)
-    _read_back[(len(start), G, tiles)](
-        q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, dq, dot, dsink,
-        G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch,
-    )  # fmt: skip
     slot_dk = torch.empty((*slot.shape, R), dtype=torch.float32, device=q.device)
     slot_dw = torch.empty((*slot.shape, width), dtype=torch.float32, device=q.device)
-    launch = candidates()[table]["_rows_back"]
-    _rows_back[(len(start), G, triton.cdiv(slots, launch["BK"]) + triton.cdiv(block, launch["BK"]))](
-        q, k, w, old_k, old_w, slot, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
-        G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch,
-    )  # fmt: skip
+    carried = len(old_k)
+    with way.compiling():
+        _read_back[(len(start), G, tiles)](
+            q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, dq, dot, dsink,
+            G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch,
+        )  # fmt: skip
+        _rows_back[(len(start), G, triton.cdiv(slots, launch_rows["BK"]) + triton.cdiv(block, launch_rows["BK"]))](
+            q, k, w, old_k, old_w, slot, start, length, norm, dy, dot, dk, dw, slot_dk, slot_dw,
+            G, slots, width, R**-0.5, CARRIED=carried > 0, **sizes, **launch_rows,
+        )  # fmt: skip
     dold_k, dold_w = torch.zeros_like(old_k), torch.zeros_like(old_w)
     if slots:
         # Rows in the order of their places (a stable sort keeps the blocks' order): carried ones, others, empty ones.
@@ -427,18 +428,18 @@ def _backward(
 
 
 @_backward.register_fake
-def _(q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, block, softmax, table):
+def _(q, k, w, old_k, old_w, slot, sink, start, length, y, norm, dy, block, softmax):
     return tuple(torch.empty_like(x) for x in (q, k, w, old_k, old_w, sink))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.block, ctx.softmax, ctx.table = inputs
+    *tensors, ctx.block, ctx.softmax = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx, dy, _):
-    *rows, dsink = _backward(*ctx.saved_tensors, dy, ctx.block, ctx.softmax, ctx.table)
-    return *rows, None, dsink, None, None, None, None, None
+    *rows, dsink = _backward(*ctx.saved_tensors, dy, ctx.block, ctx.softmax)
+    return *rows, None, dsink, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -541,7 +542,6 @@ def memorise(
     y, _ = _forward(
         rows(q), keys.rows, values.rows, *(x.contiguous() for x in (*old, slot)), sink, start, length,
         block, activation == "softmax",
-        candidate("memorise", sizes_of(q.shape[-1], heads[0], heads[1], activation, q.dtype)),
     )  # fmt: skip
     if fresh:
         y = y.unflatten(0, q.shape[:2])

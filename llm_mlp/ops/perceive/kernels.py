@@ -33,6 +33,8 @@ Nothing that flows from a matrix unit is transposed into the first operand of an
 transposed, because Triton 3.4 to 3.7 miscompiles such transpositions on Hopper (flash-linear-attention issues 640 and
 984). No atomics: two runs give equal bits.
 
+Kernels are not specialised to G, and see aligned tensors: what `tune` has checked is the binary that runs.
+
 Offsets of tiles are 32-bit numbers from a 64-bit scalar: a tile of pointers takes more registers than the tile.
 
 Precision: M and what it multiplies, the one place where an erase near 2 amplifies rounding, are float32 as pairs of
@@ -63,10 +65,9 @@ from llm_mlp.ops.tiles import (
     product_split,
     product_wide,
 )
-from llm_mlp.ops.tune import Sizes, candidate
+from llm_mlp.ops.tune import Plan, Sizes, Table, aligned, plan
 
 # How each kernel is launched, and how many columns a part has; benchmarks/tune_kernels.py checks and times others.
-Table = dict[str, dict[str, int]]
 LAUNCH: Table = {
     "_decays": {"num_warps": 1, "num_stages": 1},
     "_inverse": {"num_warps": 4, "num_stages": 1},
@@ -199,7 +200,7 @@ def _any_wild(wild_ptr, first, last, G):
 # -- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _decays(
     decay_ptr, start_ptr, length_ptr,  # chunks: first token and tokens
     down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr,
@@ -232,7 +233,7 @@ def _decays(
     tl.store(wild_ptr + chunk * G + g, wild)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _inverse(
     k_ptr, e_ptr, start_ptr, length_ptr, inverse_ptr,
     G,
@@ -267,7 +268,7 @@ def _inverse(
         tl.store(inverse_ptr + (at * 2 + 1) * C * C + square, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _scan(
     q_ptr, k_ptr, e_ptr, w_ptr, decay_ptr, state_ptr, inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr,
     bounds_ptr, first_ptr,  # sequences: first token [N+1], first chunk [N+1]
@@ -348,7 +349,7 @@ def _scan(
         tl.store(after_ptr + (n * G + g) * F * width + cell, S, mask=own[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _scan_back(
     q_ptr, k_ptr, e_ptr, w_ptr, y_ptr, dy_ptr, decay_ptr, dafter_ptr, residual_ptr, dresidual_ptr, before_ptr,
     inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, bounds_ptr, first_ptr,
@@ -453,7 +454,7 @@ def _scan_back(
         tl.store(dbefore_ptr + (n * G + g) * F * width + cell, dS, mask=own[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _hop(
     k_ptr, e_ptr, inverse_ptr, bounds_ptr, first_ptr, hop_ptr,
     G,
@@ -480,7 +481,7 @@ def _hop(
     tl.store(hop_ptr + (n * G + g) * F * F + (f[:, None] * F + j[None, :]), P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _compose(
     hop_ptr, sum_ptr, first_ptr, span_ptr, own_ptr, given_ptr, ends_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
@@ -514,7 +515,7 @@ def _compose(
         S = _scaled(product_split(P, S, PRECISION), tl.exp(decay)[None, :], BM) + Z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _gradients(
     q_ptr, k_ptr, e_ptr, w_ptr, dy_ptr, dw_ptr, decay_ptr, before_ptr, dafters_ptr,
     inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, start_ptr, length_ptr,
@@ -710,7 +711,7 @@ def tiles(F: int, m: int, V: int, dtype: torch.dtype, launch: Table) -> Table:
     }
 
 
-def _how(launch: dict[str, int]) -> dict[str, int]:
+def _how(launch: dict[str, Any]) -> dict[str, Any]:
     """What of a launch Triton takes."""
     return {name: n for name, n in launch.items() if name != "columns"}
 
@@ -746,6 +747,7 @@ class _Call:
 
     G: int
     F: int
+    way: Plan
     launch: Table
     tile: Table
     precision: dict[str, str]
@@ -756,11 +758,12 @@ class _Call:
     @classmethod
     def of(cls, q: Tensor, w: Tensor, bounds: list[int]) -> _Call:
         (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
-        launch = candidates(F)[candidate("perceive", sizes_of(F, m, V, q.dtype))]
+        way = plan("perceive", sizes_of(F, m, V, q.dtype))
+        launch = way.of(candidates(F))
         tile = tiles(F, m, V, q.dtype, launch)
         # A hop of F x F has to fit on chip.
         spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]) if F <= 256 else bounds)
-        return cls(G, F, launch, tile, _precision(q.dtype), tuple(bounds), spans, q.device)
+        return cls(G, F, way, launch, tile, _precision(q.dtype), tuple(bounds), spans, q.device)
 
     @property
     def layout(self) -> _Layout:
@@ -815,8 +818,26 @@ def _forward(
     """y, state, residual; and if ``keep`` what the backward pass reads: the states before each chunk (in q's dtype, in
     the chunk's frame), the inverses, the decays of each chunk (down, up, edge, their sums, wild), the spans' hops."""
     call = _Call.of(q, w, bounds)
+    kept = _outputs(q, w, log_decay, state, call, keep)
+    with call.way.compiling():
+        after = _run_forward(call, q, k, e, w, log_decay, state, kept, keep)
+    return kept[0], after, *kept[2:]
+
+
+def _run_forward(
+    call: _Call,
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    kept: _Tensors,
+    keep: bool,
+) -> Tensor:
+    """Fills what is kept; the state after the last token."""
     G, F, layout = call.G, call.F, call.layout
-    y, after, residual, before, inverse, down, up, edge, sums, wild, hop = _outputs(q, w, log_decay, state, call, keep)
+    y, after, residual, before, inverse, down, up, edge, sums, wild, hop = kept
     _decays[(layout.chunks, G)](
         log_decay, layout.start, layout.length, down, up, edge, sums, wild, G,
         FLOOR=RESET, LIMIT=limit(q.dtype), **call.tile["_decays"], **_how(call.launch["_decays"]),
@@ -832,7 +853,7 @@ def _forward(
 
     if not call.cut:
         scan(state, after, keep, False)
-        return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
+        return after
     parts = call.tile["_hop"]
     _hop[(len(hop) * (F // parts["BP"]), G)](
         k, e, inverse, layout.bounds, layout.first, hop, G, **parts, **call.precision, **_how(call.launch["_hop"])
@@ -841,8 +862,7 @@ def _forward(
     scan(torch.zeros_like(ends), ends, False, True)
     begins = call.compose(hop, sums, ends, state, False)
     scan(begins, ends, keep, False)
-    after = call.of_sequences(ends, state, False)
-    return y, after, residual, before, inverse, down, up, edge, sums, wild, hop
+    return call.of_sequences(ends, state, False)
 
 
 def _empty_inverse(like: Tensor, chunks: int) -> Tensor:
@@ -888,8 +908,8 @@ def _backward(
     G, F, layout = call.G, call.F, call.layout
     dq, dk, de, dw, dg = (torch.empty_like(x) for x in (q, k, e, w, log_decay))
     dafters = torch.empty_like(before)
-    dy, dafter = dy.contiguous(), dafter.contiguous()
-    slopes = residual if dresidual is None else dresidual.contiguous()
+    dy, dafter = aligned(dy), aligned(dafter)
+    slopes = residual if dresidual is None else aligned(dresidual)
 
     def scan_back(dafter: Tensor, dbefore: Tensor, ends: bool) -> None:
         for is_wild in (False, True):
@@ -899,19 +919,20 @@ def _backward(
                 **call.constants("_scan_back", RESIDUAL=dresidual is not None, ENDS=ends, WILD=is_wild),
             )  # fmt: skip
 
-    if call.cut:
-        begins = dafter.new_empty((len(hop), *dafter.shape[1:]))
-        scan_back(torch.zeros_like(begins), begins, True)
-        scan_back(call.compose(hop, sums, begins, dafter, True), begins, False)
-        dbefore = call.of_sequences(begins, dafter, True)
-    else:
-        dbefore = torch.empty_like(dafter)
-        scan_back(dafter, dbefore, False)
-    for is_wild in (False, True):
-        _gradients[(layout.chunks, G, F // call.tile["_gradients"]["BF"])](
-            q, k, e, w, dy, dw, log_decay, before, dafters, inverse, down, up, edge, sums, wild,
-            layout.start, layout.length, dq, dk, de, dg, G, **call.constants("_gradients", WILD=is_wild),
-        )  # fmt: skip
+    with call.way.compiling():
+        if call.cut:
+            begins = dafter.new_empty((len(hop), *dafter.shape[1:]))
+            scan_back(torch.zeros_like(begins), begins, True)
+            scan_back(call.compose(hop, sums, begins, dafter, True), begins, False)
+            dbefore = call.of_sequences(begins, dafter, True)
+        else:
+            dbefore = torch.empty_like(dafter)
+            scan_back(dafter, dbefore, False)
+        for is_wild in (False, True):
+            _gradients[(layout.chunks, G, F // call.tile["_gradients"]["BF"])](
+                q, k, e, w, dy, dw, log_decay, before, dafters, inverse, down, up, edge, sums, wild,
+                layout.start, layout.length, dq, dk, de, dg, G, **call.constants("_gradients", WILD=is_wild),
+            )  # fmt: skip
     return dq, dk, de, dw, dg, dbefore
 
 
@@ -950,7 +971,7 @@ def perceive(
     B, T = q.shape[:2]
     if T == 0 or B == 0:
         return w, state, log_decay
-    inputs = [x.contiguous() for x in (q, k, e, w, log_decay, state)]
+    inputs = [aligned(x) for x in (q, k, e, w, log_decay, state)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     ends = list(range(0, B * T + 1, T)) if bounds is None else bounds
     return _forward(*inputs, ends, keep)[:3]
@@ -962,15 +983,17 @@ def transition(k: Tensor, e: Tensor, m: int, V: int) -> Tensor:
     B, T, G, F = k.shape
     if T == 0 or B == 0:
         return torch.eye(F, device=k.device).expand(B, G, F, F).clone()
-    k, e = k.contiguous(), e.contiguous()
-    launch = candidates(F)[candidate("perceive", sizes_of(F, m, V, k.dtype))]
+    k, e = aligned(k), aligned(e)
+    way = plan("perceive", sizes_of(F, m, V, k.dtype))
+    launch = way.of(candidates(F))
     tile, kinds = tiles(F, m, V, k.dtype, launch), _precision(k.dtype)
     layout = _layout(tuple(range(0, B * T + 1, T)), k.device)
     inverse, hop = _empty_inverse(k, layout.chunks), torch.empty((B, G, F, F), device=k.device)
-    _inverse[(layout.chunks, G)](
-        k, e, layout.start, layout.length, inverse, G, **tile["_inverse"], **kinds, **_how(launch["_inverse"])
-    )
-    _hop[(B * (F // tile["_hop"]["BP"]), G)](
-        k, e, inverse, layout.bounds, layout.first, hop, G, **tile["_hop"], **kinds, **_how(launch["_hop"])
-    )
+    with way.compiling():
+        _inverse[(layout.chunks, G)](
+            k, e, layout.start, layout.length, inverse, G, **tile["_inverse"], **kinds, **_how(launch["_inverse"])
+        )
+        _hop[(B * (F // tile["_hop"]["BP"]), G)](
+            k, e, inverse, layout.bounds, layout.first, hop, G, **tile["_hop"], **kinds, **_how(launch["_hop"])
+        )
     return hop
