@@ -178,7 +178,14 @@ def main() -> None:
         with ThreadPoolExecutor(args.workers) as pool:
             checks = list(pool.map(lambda job: check_apart(*job, args.heads, args.value_width), jobs))
     for (op, kernel, launch), row in zip(jobs, checks, strict=True):
-        row = {"op": op, "kernel": kernel, "launch": launch, "assembler": newest, "length": args.length, **row}
+        row = {
+            "op": op,
+            "kernel": kernel,
+            "launch": launch,
+            "assembler": newest or os.environ.get(ASSEMBLER, ""),
+            "length": args.length,
+            **row,
+        }
         if not row["failures"] and not args.no_times:
             s = Shape(args.tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
             before, TABLES[op][kernel] = TABLES[op][kernel], launch

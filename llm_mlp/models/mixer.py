@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
+from llm_mlp.ops.heads import rms_norm
+
+__all__ = ["Cost", "Linear", "Mixer", "State", "init_linear", "linear", "rms_norm"]
 
 State = dict[str, Tensor]
 
@@ -79,11 +82,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.bmm(x.reshape(1, 1, width).expand(2, 1, width), weight.view(2, rows // 2, width).mT)
     y = y.view(*x.shape[:-1], rows)
     return y if bias is None else y + bias
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, without a gain, computed in float32 at least."""
-    return F.rms_norm(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def init_linear(weight: Tensor) -> None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
-from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, rms_norm
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, units_init
 from llm_mlp.ops.conv import causal_conv, causal_conv_step
+from llm_mlp.ops.heads import HeadInputs, head_inputs, head_outputs, prepare, scalar_erase, unit
 from llm_mlp.ops.perceive.chunked import CHUNK
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
@@ -38,7 +39,6 @@ class PerceptionMixer(Mixer):
         G, R, V, width = c.groups, c.read_width, c.value_width, c.gate_rank
         D, H = config.d_model, c.heads
         qkv = (G * R, G * R, H * V)
-        self.qk_split = (2 * G * R, H * V)
         channels = sum(qkv)
         gates = [kind for kind, on in _gates(config) if on]
         self.gate_names = gates
@@ -100,96 +100,121 @@ class PerceptionMixer(Mixer):
 
     # -- the pieces that whole sequences and single tokens share; leading dimensions are [B, T] or [B] ---------
 
-    def _inputs(self, x: Tensor, qkv: Tensor, low: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the convolved q, k, v and the gates' low-rank parts to the ops' inputs."""
-        G, m, V = self.groups, self.heads_per_group, self.value_width
-        u = qkv.float() if qkv.dtype in (torch.bfloat16, torch.float16) else qkv
-        u = (u * torch.sigmoid(u if self.slope is None else u * self.slope)).to(qkv.dtype)
-        qk, v = u.split(self.qk_split, -1)
-        qk, w = qk.unflatten(-1, (2, G, -1)), v.unflatten(-1, (G, m, V))  # q and k are treated alike: as one
-        if self.write_up is not None:
-            w = w * (2 * torch.sigmoid(self.write_up(low["write"]))).view_as(w)
-        q, k = self._first(qk).unbind(-3)
-        out = {"q": q, "k": k, "w": w}
-        out["e"] = self._erase(out["k"], low)
+    def _logits(self, x: Tensor, low: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the gates are computed from, decays included; gates that are switched off are absent."""
+        out = {
+            name: up(low[name])
+            for name, up in (("write", self.write_up), ("erase", self.erase_up), ("output", self.output_up))
+            if up is not None
+        }
         heads = self.head_proj(x) if self.head_proj is not None else None
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shape = (*x.shape[:-1], G, m)
+        shape = (*x.shape[:-1], self.groups, self.heads_per_group)
         if self.log_rate is not None and heads is not None:
             rate = F.softplus(heads[..., : self.head_split[0]].to(wide)) * self.log_rate.to(wide).exp()
             out["log_decay"] = -rate.view(shape)
         else:
             out["log_decay"] = x.new_zeros(shape, dtype=wide)
         if self.block and heads is not None:
-            out["units_gate"] = torch.sigmoid(heads[..., self.head_split[0] :]).view(*shape, 1)
-            units = rms_norm(qk, self.eps) * self.units_gain[:, None].to(qk.dtype)
-            out["units_q"], out["units_k"] = units.unbind(-3)
+            out["units"] = heads[..., self.head_split[0] :].view(shape)
         return out
+
+    def _prepare(self, qkv: Tensor, logits: dict[str, Tensor]) -> HeadInputs:
+        """From the convolved q, k, v to the ops' inputs."""
+        return prepare(
+            qkv,
+            self.slope,
+            logits.get("write"),
+            self.units_gain if self.block else None,
+            self._first,
+            lambda k: self._erase(k, logits.get("erase")),
+            groups=self.groups,
+            heads=(self.heads_per_group, self.value_width),
+            eps=self.eps,
+        )
 
     def _first(self, z: Tensor) -> Tensor:
         """First layer of the heads, phi: ``[..., G, R]`` -> ``[..., G, F]``, of unit length."""
         if self.first_layer is not None:
             z = torch.einsum("...gr,grf->...gf", rms_norm(z, self.eps), self.first_layer.to(z.dtype))
             z = z * torch.sigmoid(z if self.first_slope is None else z * self.first_slope.to(z.dtype))
-        wide = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-        return F.normalize(wide, dim=-1).to(z.dtype)
+        return unit(z)
 
-    def _erase(self, k: Tensor, low: dict[str, Tensor]) -> Tensor:
-        if self.erase_up is None:
-            return torch.zeros_like(k)
-        beta = self.erase_max * torch.sigmoid(self.erase_up(low["erase"]))
-        if self.erase == "free":
-            return k * beta.view_as(k).to(k.dtype)
-        e = k * beta[..., None].to(k.dtype)
+    def _erase(self, k: Tensor, logits: Tensor | None) -> Tensor:
+        if logits is not None and self.erase == "free":
+            return k * (self.erase_max * torch.sigmoid(logits)).view_as(k).to(k.dtype)
+        e = scalar_erase(k, logits, self.erase_max)
         if self.erase_diagonal is not None:
             # Largest entry 1: then beta k^T (d k) <= beta <= 1.98, contractive in the norm weighted by d.
             d = torch.exp(self.erase_diagonal - self.erase_diagonal.amax(-1, keepdim=True))
             e = e * d.to(k.dtype)
         return e
 
-    def _output(self, y: Tensor, units: Tensor | None, i: dict[str, Tensor], residual: Tensor, low: dict) -> Tensor:
+    def _output(
+        self, y: Tensor, units: Tensor | None, w: Tensor, residual: Tensor, logits: dict[str, Tensor]
+    ) -> Tensor:
         """From what the heads read to the residual stream."""
-        if units is not None:
-            y = y + i["units_gate"].to(y.dtype) * units
-        y = rms_norm(y, self.eps)
-        if self.surprise_gain is not None:
-            u, w = residual.clamp(min=1e-12).sqrt(), i["w"].to(residual.dtype).norm(dim=-1)
+        share, gate = logits.get("units"), logits.get("output")
+        if self.surprise_gain is None:
+            y = head_outputs(y, units, share, gate, eps=self.eps)
+        else:
+            y = head_outputs(y, units, share, None, eps=self.eps)
+            u, written = residual.clamp(min=1e-12).sqrt(), w.to(residual.dtype).norm(dim=-1)
             gain = self.surprise_gain.to(u.dtype).view(u.shape[-2:])
-            y = y * (1 + gain * u / (u + w + 1e-6))[..., None].to(y.dtype)
-        y = y.flatten(-3)
-        if self.output_up is not None:
-            y = y * torch.sigmoid(self.output_up(low["output"]))
-        return self.out_proj(y)
+            y = y * (1 + gain * u / (u + written + 1e-6))[..., None].to(y.dtype)
+            if gate is not None:
+                y = y * torch.sigmoid(gate).view_as(y)
+        return self.out_proj(y.flatten(-3))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        qkv, *low = self.in_proj(x).split(self.in_split, -1)
-        return qkv, dict(zip(self.gate_names, low, strict=True))
+    def _low(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.gate_names, x.split(self.in_split[1:], -1), strict=True))
 
     def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         before: State = state or {}
         after: State = {}
-        qkv, low = self._project(x)
-        if self.conv is not None:
-            qkv, after["conv"] = causal_conv(qkv, self.conv, before.get("conv"), cu_seqlens=cu_seqlens)
-        i = self._inputs(x, qkv, low)
+        # Two products, so that the gradient of the first need not be copied beside that of the second.
+        channels, weight = self.in_split[0], self.in_proj.weight
+        qkv, logits = linear(x, weight[:channels]), self._logits(x, self._low(linear(x, weight[channels:])))
+        if self.first_layer is None and self.erase in ("scalar", "none"):
+            i, tail = head_inputs(
+                qkv,
+                self.conv,
+                self.slope,
+                logits.get("write"),
+                logits.get("erase"),
+                self.units_gain if self.block else None,
+                before.get("conv"),
+                groups=self.groups,
+                heads=(self.heads_per_group, self.value_width),
+                erase_max=self.erase_max,
+                eps=self.eps,
+                cu_seqlens=cu_seqlens,
+            )
+        else:
+            tail = None
+            if self.conv is not None:
+                qkv, tail = causal_conv(qkv, self.conv, before.get("conv"), cu_seqlens=cu_seqlens)
+            i = self._prepare(qkv, logits)
+        if tail is not None:
+            after["conv"] = tail
         y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
-            i["q"],
-            i["k"],
-            i["e"],
-            i["w"],
-            i["log_decay"],
+            i.q,
+            i.k,
+            i.e,
+            i.w,
+            logits["log_decay"],
             before.get("fast_weights"),
             cu_seqlens=cu_seqlens,
             return_residual=True,
         )
         read = None
-        if self.block:
+        if i.units_q is not None and i.units_k is not None:
             units = Units(*(before[name] for name in _UNITS)) if state else None
             score = residual.detach().sum(-1)  # surprise of a token for the group
             read, units = memorise(
-                i["units_q"],
-                i["units_k"],
-                i["w"],
+                i.units_q,
+                i.units_k,
+                i.w,
                 score,
                 self.sink,
                 units,
@@ -199,29 +224,30 @@ class PerceptionMixer(Mixer):
                 cu_seqlens=cu_seqlens,
             )
             after.update(zip(_UNITS, units, strict=True))
-        return self._output(y, read, i, residual, low), after
+        return self._output(y, read, i.w, residual, logits), after
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
-        qkv, low = self._project(x)
+        qkv, low = self.in_proj(x).split((self.in_split[0], sum(self.in_split[1:])), -1)
+        logits = self._logits(x, self._low(low))
         if self.conv is not None:
             qkv = causal_conv_step(qkv, self.conv, state["conv"], state_indices)
-        i = self._inputs(x, qkv, low)
+        i = self._prepare(qkv, logits)
         y, residual = perceive_step(
-            i["q"],
-            i["k"],
-            i["e"],
-            i["w"],
-            i["log_decay"],
+            i.q,
+            i.k,
+            i.e,
+            i.w,
+            logits["log_decay"],
             state["fast_weights"],
             state_indices,
             return_residual=True,
         )
         read = None
-        if self.block:
+        if i.units_q is not None and i.units_k is not None:
             read = memorise_step(
-                i["units_q"],
-                i["units_k"],
-                i["w"],
+                i.units_q,
+                i.units_k,
+                i.w,
                 residual.sum(-1),
                 self.sink,
                 Units(*(state[name] for name in _UNITS)),
@@ -230,7 +256,7 @@ class PerceptionMixer(Mixer):
                 slots=self.slots,
                 activation=self.read,
             )
-        return self._output(y, read, i, residual, low)
+        return self._output(y, read, i.w, residual, logits)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
         G, m, V = self.groups, self.heads_per_group, self.value_width

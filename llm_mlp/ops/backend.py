@@ -16,6 +16,7 @@ import torch
 log = logging.getLogger("llm_mlp.ops")
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
+_TRITON = find_spec("triton") is not None  # once: torch.compile does not trace find_spec
 OVERRIDE = "LLM_MLP_BACKEND"  # what auto chooses on CUDA: chunked or triton
 _logged: set[tuple[str, ...]] = set()
 _debug = False
@@ -70,7 +71,7 @@ def _best(device: torch.device, not_served: str | None, untrusted: Callable[[], 
 
 def _no_triton(device: torch.device) -> str | None:
     """Why kernels cannot run on a device; None if they can."""
-    if find_spec("triton") is None:
+    if not _TRITON:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no matrix units for bfloat16 (compute capability 8.0 has)"

@@ -49,12 +49,24 @@ def causal_conv(
         gone = back - i
         index = torch.where(inside >= gone, N * back + at - gone, owner * back + inside + i)
         y = torch.addcmul(y, rows.index_select(0, index), weight[:, i])
-    # The new tail: the last K-1 of (tail, tokens), which for a short sequence still holds old rows.
-    want = lengths[:, None] - back + torch.arange(back, device=x.device)
-    first = torch.tensor(bounds[:-1], dtype=torch.long, device=x.device)[:, None]
-    old = torch.arange(N, device=x.device)[:, None] * back + want + back
-    index = torch.where(want >= 0, N * back + first + want, old)
-    return y[None], rows.index_select(0, index.flatten()).view(N, back, C)
+    return y[None], last_inputs(x, tail, back, bounds)
+
+
+def last_inputs(x: Tensor, tail: Tensor | None, back: int, bounds: list[int] | None) -> Tensor:
+    """The last ``back`` rows of each sequence of (tail, tokens), ``[N, back, C]``; arguments as `causal_conv`."""
+    B, T, C = x.shape
+    N = B if bounds is None else len(bounds) - 1
+    if tail is None:
+        tail = x.new_zeros((N, back, C))
+    if bounds is None:
+        return x[:, T - back :].clone() if back <= T else torch.cat([tail[:, T:], x], 1)
+    if not T:
+        return tail.clone()
+    first = torch.tensor(bounds, dtype=torch.long, device=x.device)
+    want = first.diff()[:, None] - back + torch.arange(back, device=x.device)
+    new = x[0].index_select(0, (first[:-1, None] + want).clamp(min=0).flatten()).view(N, back, C)
+    old = tail.gather(1, (want + back).clamp(max=max(back - 1, 0))[..., None].expand(N, back, C))
+    return torch.where(want[..., None] >= 0, new, old)  # a short sequence still holds old rows
 
 
 def causal_conv_step(x: Tensor, weight: Tensor, tails: Tensor, state_indices: Tensor | None = None) -> Tensor:

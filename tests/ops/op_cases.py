@@ -10,6 +10,9 @@ from torch import Tensor
 from llm_mlp.ops import Units
 
 TOLERANCE = 1e-9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
+
+Run = Callable[..., Sequence[Tensor]]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE, what: str = "") -> None:
@@ -56,6 +59,49 @@ def with_gradients(
 
 def sequences(bounds: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+class Earned:
+    """Errors of the kernels and of the yardstick, pooled over seeds."""
+
+    def __init__(self, names: str) -> None:
+        self.names = names.split()
+        self.sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0] for name in self.names}
+        self.eps: dict[str, float] = {}
+
+    def add(self, run: Callable[[str], Run], inputs: Sequence[Tensor]) -> None:
+        """``run(backend)`` takes the inputs; outputs and gradients are compared."""
+        truth = with_gradients(run("reference"), [x.double() for x in inputs])
+        on_device = [x.to(DEVICE) for x in inputs]
+        if DEVICE == "cuda":  # the same rounding of operands: beside 16-bit inputs the kernels multiply float32 as TF32
+            torch.set_float32_matmul_precision("highest" if inputs[0].dtype == torch.float32 else "high")
+        yard, got = (with_gradients(run(backend), on_device) for backend in ("chunked", "triton"))
+        tensors = zip([*got[0], *got[1]], [*yard[0], *yard[1]], [*truth[0], *truth[1]], strict=True)
+        for name, (g, y, t) in zip(self.names, tensors, strict=True):
+            assert g.shape == t.shape and g.dtype == y.dtype, name
+            assert g.isfinite().all(), f"{name}: not finite"
+            self.eps[name] = torch.finfo(g.dtype).eps
+            mine, other = (x.double().cpu() - t for x in (g, y))
+            s = self.sums[name]
+            for i, x in enumerate((mine, other, t)):
+                s[i] += float(x.square().sum())
+            s[3] = max(s[3], float(mine.abs().max()) if t.numel() else 0.0)
+            s[4] = max(s[4], float(other.abs().max()) if t.numel() else 0.0)
+            s[5] += t.numel()
+
+    def check(self) -> None:
+        """On a device the rule as it stands. The interpreter multiplies and adds in two roundings where hardware takes
+        one: 2.5 there. Below 1,000 pooled numbers an error's size is chance: 8, of the sums alone (slow tests pool).
+        """
+        for name, (mine, other, truth, worst, yard_worst, count) in self.sums.items():
+            few = count < 1000
+            factor = 8 if few else 2 if DEVICE == "cuda" else 2.5
+            floor = factor * self.eps[name] * (truth / max(count, 1)) ** 0.5
+            rms, yard = ((x / max(count, 1)) ** 0.5 for x in (mine, other))
+            assert rms <= max(factor * yard, floor), f"{name}: rms {rms:.3g}, yardstick {yard:.3g}, floor {floor:.3g}"
+            if not few:
+                allowed = max(factor * yard_worst, floor)
+                assert worst <= allowed, f"{name}: largest {worst:.3g}, yardstick {yard_worst:.3g}"
 
 
 # -- perceive ----------------------------------------------------------------------------------------------------

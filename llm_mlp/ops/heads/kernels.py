@@ -1,0 +1,511 @@
+"""Triton kernels of `llm_mlp.ops.heads`: forward and backward, whole, packed and carried sequences.
+
+A program of `_inputs` computes a tile of tokens by one block of channels: a group's q or k (so that its norm is at
+hand), or as many values. The backward pass of the convolution needs the tile's later neighbours: programs overlap by
+K - 1 rows, and a product with a shifted unit matrix moves rows on chip.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_mlp.ops.tiles import narrow, product
+from llm_mlp.ops.tune import Sizes, Table, aligned, plan
+
+LAUNCH: Table = {
+    "_inputs": {"BT": 32, "num_warps": 4},
+    "_inputs_back": {"BT": 64, "num_warps": 8},
+    "_outputs": {"BT": 32, "num_warps": 4},
+    "_outputs_back": {"BT": 32, "num_warps": 4},
+}
+STEPS = 8  # tiles of a program of the backward pass: so many fewer partial sums
+TINY = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _before(
+    x_ptr, tail_ptr, t, c, since, sequence, inside, j: tl.constexpr, stride, C, K: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    """The input ``j`` tokens before each token ``t``: of the same sequence, of its tail, or 0."""
+    own = inside & (since >= j)[:, None]
+    x = tl.load(x_ptr + (t - j).to(tl.int64)[:, None] * stride + c[None, :], mask=own, other=0.0).to(tl.float32)
+    if CARRIED:
+        row = sequence * (K - 1) + (K - 1) + since - j
+        old = tl.load(
+            tail_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask=inside & (since < j)[:, None], other=0.0
+        )
+        x += old.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _activated(
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C,
+    K: tl.constexpr, SLOPE: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    """What the convolution gives, the slope, and sigmoid(slope y)."""
+    if K == 0:
+        y = _before(x_ptr, tail_ptr, t, c, since, sequence, inside, 0, stride, C, 1, False)
+    else:
+        y = tl.zeros(inside.shape, tl.float32)
+        for j in tl.static_range(K):
+            tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known, other=0.0).to(tl.float32)
+            y += tap[None, :] * _before(x_ptr, tail_ptr, t, c, since, sequence, inside, j, stride, C, K, CARRIED)
+    slope = tl.full(c.shape, 1.0, tl.float32)
+    if SLOPE:
+        slope = tl.load(slope_ptr + c, mask=known, other=0.0).to(tl.float32)
+    return y, slope, _sigmoid(y * slope[None, :])
+
+
+@triton.jit(do_not_specialize=["P"])
+def _inputs(
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, erase_ptr, gain_ptr, since_ptr, sequence_ptr,
+    q_ptr, k_ptr, e_ptr, w_ptr, read_ptr, key_ptr,
+    P, stride, G, C, width, top, eps,
+    R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, ERASE: tl.constexpr,
+    UNITS: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    f = tl.arange(0, R)
+    c = block * R + f
+    known = c < C
+    there = t < P
+    inside = there[:, None] & known[None, :]
+    since = tl.load(since_ptr + t, mask=there, other=0)
+    sequence = tl.load(sequence_ptr + t, mask=there, other=0)
+    y, slope, s = _activated(
+        x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
+    )
+    a = y * s
+    row = t.to(tl.int64)[:, None]
+    if block < 2 * G:
+        key = block >= G
+        at = row * (G * R) + ((block - G if key else block) * R + f)[None, :]
+        squares = tl.sum(a * a, 1)
+        z = narrow(a / tl.maximum(tl.sqrt(squares), TINY)[:, None], q_ptr.dtype.element_ty)
+        tl.store((k_ptr if key else q_ptr) + at, z, mask=inside)
+        if key:
+            beta = tl.zeros((BT,), tl.float32)
+            if ERASE:
+                beta = top * _sigmoid(
+                    tl.load(erase_ptr + t.to(tl.int64) * G + block - G, mask=there, other=0.0).to(tl.float32)
+                )
+            tl.store(e_ptr + at, narrow(z.to(tl.float32) * beta[:, None], q_ptr.dtype.element_ty), mask=inside)
+        if UNITS:
+            gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
+            unit = a * tl.rsqrt(squares / R + eps)[:, None] * gain[None, :]
+            tl.store((key_ptr if key else read_ptr) + at, narrow(unit, q_ptr.dtype.element_ty), mask=inside)
+    else:
+        at = row * width + (c - 2 * G * R)[None, :]
+        if WRITE:
+            a *= 2.0 * _sigmoid(tl.load(write_ptr + at, mask=inside, other=0.0).to(tl.float32))
+        tl.store(w_ptr + at, narrow(a, w_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _inputs_back(
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, erase_ptr, gain_ptr, since_ptr, sequence_ptr,
+    dq_ptr, dk_ptr, de_ptr, dw_ptr, dread_ptr, dkey_ptr,
+    dx_ptr, dhead_ptr, dwrite_ptr, derase_ptr, part_ptr,
+    P, stride, G, C, width, top, eps,
+    R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, STEPS: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
+    ERASE: tl.constexpr, UNITS: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``part_ptr [programs, C, K + 2]``: sums over a program's tokens of the gradients of taps, slope and gain."""
+    BACK: tl.constexpr = K - 1 if K > 0 else 0
+    OWN: tl.constexpr = BT - BACK  # rows whose later neighbours are in the tile
+    block = tl.program_id(1)
+    i, f = tl.arange(0, BT), tl.arange(0, R)
+    c = block * R + f
+    known = c < C
+    kind = dx_ptr.dtype.element_ty
+    part = part_ptr + (tl.program_id(0).to(tl.int64) * C + c) * (K + 2)
+    dslope, dgain = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * OWN + i
+        there = t < P
+        inside = there[:, None] & known[None, :]
+        own = (i < OWN) & there
+        mine = own[:, None] & known[None, :]
+        since = tl.load(since_ptr + t, mask=there, other=0)
+        sequence = tl.load(sequence_ptr + t, mask=there, other=0)
+        y, slope, s = _activated(
+            x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
+        )
+        a = y * s
+        row = t.to(tl.int64)[:, None]
+        if block < 2 * G:
+            key = block >= G
+            at = row * (G * R) + ((block - G if key else block) * R + f)[None, :]
+            squares = tl.sum(a * a, 1)
+            r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
+            z = a * r[:, None]
+            dz = tl.load((dk_ptr if key else dq_ptr) + at, mask=inside, other=0.0).to(tl.float32)
+            if ERASE:  # noqa: SIM102 (a compile-time condition)
+                if key:
+                    gate = t.to(tl.int64) * G + block - G
+                    g = _sigmoid(tl.load(erase_ptr + gate, mask=there, other=0.0).to(tl.float32))
+                    de = tl.load(de_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(
+                        derase_ptr + gate,
+                        narrow(tl.sum(de * z, 1) * top * g * (1.0 - g), derase_ptr.dtype.element_ty),
+                        mask=own,
+                    )
+                    dz += de * (top * g)[:, None]
+            da = (dz - z * tl.sum(dz * z, 1)[:, None]) * r[:, None]
+            if UNITS:
+                gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
+                r = tl.rsqrt(squares / R + eps)
+                unit = a * r[:, None]
+                dunit = tl.load((dkey_ptr if key else dread_ptr) + at, mask=inside, other=0.0).to(tl.float32)
+                dgain += tl.sum(tl.where(mine, dunit * unit, 0.0), 0)
+                dunit *= gain[None, :]
+                da += (dunit - unit * (tl.sum(dunit * unit, 1) / R)[:, None]) * r[:, None]
+        else:
+            at = row * width + (c - 2 * G * R)[None, :]
+            da = tl.load(dw_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if WRITE:
+                g = _sigmoid(tl.load(write_ptr + at, mask=inside, other=0.0).to(tl.float32))
+                tl.store(dwrite_ptr + at, narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty), mask=mine)
+                da *= 2.0 * g
+        bent = y * s * (1.0 - s)
+        if SLOPE:
+            dslope += tl.sum(tl.where(mine, da * y * bent, 0.0), 0)
+        dy = tl.where(inside, da * (s + slope[None, :] * bent), 0.0)
+        if CARRIED:  # what reaches back into the tails is added up elsewhere
+            first = mine & (since < BACK)[:, None]
+            tl.store(dhead_ptr + (sequence * BACK + since).to(tl.int64)[:, None] * C + c[None, :], dy, mask=first)
+        if K == 0:
+            dx = dy
+        else:
+            dx = tl.zeros((BT, R), tl.float32)
+            rounded = narrow(dy, kind)
+            for j in tl.static_range(K):
+                tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known, other=0.0).to(tl.float32)
+                if j == 0:
+                    dx += dy * tap[None, :]
+                else:  # of the token j later, if it is of the same sequence
+                    moved = (i[None, :] == i[:, None] + j) & (since >= j)[None, :]
+                    dx += product(narrow(tl.where(moved, 1.0, 0.0), kind), rounded, PRECISION) * tap[None, :]
+                x = _before(x_ptr, tail_ptr, t, c, since, sequence, mine, j, stride, C, K, CARRIED)
+                total = tl.sum(dy * x, 0)
+                if step > 0:
+                    total += tl.load(part + (K - 1 - j), mask=known, other=0.0)
+                tl.store(part + (K - 1 - j), total, mask=known)
+        tl.store(dx_ptr + row * C + c[None, :], narrow(dx, kind), mask=mine)
+    tl.store(part + K, dslope, mask=known)
+    tl.store(part + K + 1, dgain, mask=known)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _outputs(
+    y_ptr, read_ptr, share_ptr, gate_ptr, out_ptr, rows, eps,
+    V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    there = t < rows
+    at = t.to(tl.int64)[:, None] * V + tl.arange(0, V)[None, :]
+    inside = there[:, None]
+    z = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if READ:
+        share = _sigmoid(tl.load(share_ptr + t, mask=there, other=0.0).to(tl.float32))
+        z += share[:, None] * tl.load(read_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    z *= tl.rsqrt(tl.sum(z * z, 1) / V + eps)[:, None]
+    if GATE:
+        z *= _sigmoid(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out_ptr + at, narrow(z, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _outputs_back(
+    y_ptr, read_ptr, share_ptr, gate_ptr, dout_ptr, dy_ptr, dread_ptr, dshare_ptr, dgate_ptr, rows, eps,
+    V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    there = t < rows
+    at = t.to(tl.int64)[:, None] * V + tl.arange(0, V)[None, :]
+    inside = there[:, None]
+    kind = dy_ptr.dtype.element_ty
+    z = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if READ:
+        share = _sigmoid(tl.load(share_ptr + t, mask=there, other=0.0).to(tl.float32))
+        read = tl.load(read_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        z += share[:, None] * read
+    r = tl.rsqrt(tl.sum(z * z, 1) / V + eps)[:, None]
+    z *= r
+    dz = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if GATE:
+        g = _sigmoid(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32))
+        tl.store(dgate_ptr + at, narrow(dz * z * g * (1.0 - g), kind), mask=inside)
+        dz *= g
+    dz = (dz - z * (tl.sum(dz * z, 1) / V)[:, None]) * r
+    tl.store(dy_ptr + at, narrow(dz, kind), mask=inside)
+    if READ:
+        tl.store(dread_ptr + at, narrow(dz * share[:, None], kind), mask=inside)
+        dshare = tl.sum(dz * read, 1) * share * (1.0 - share)
+        tl.store(dshare_ptr + t, narrow(dshare, dshare_ptr.dtype.element_ty), mask=there)
+
+
+# -- host ----------------------------------------------------------------------------------------------------------
+
+
+def candidates() -> tuple[Table, Table]:
+    """Launch tables, the fast one first (see perceive/kernels.py)."""
+    safe = {kernel: {**launch, "BT": 32, "num_warps": 2} for kernel, launch in LAUNCH.items()}
+    return LAUNCH, safe
+
+
+def sizes_of(R: int, V: int, dtype: torch.dtype) -> Sizes:
+    """What `tune` knows a launch by."""
+    return ("R", R), ("V", V), ("dtype", str(dtype).removeprefix("torch."))
+
+
+@lru_cache(maxsize=64)
+def _places(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each token: how many of its sequence are before it, and the number of the sequence (int32)."""
+    ends = torch.tensor(bounds, dtype=torch.int32)
+    sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, dtype=torch.int32), ends.diff())
+    since = torch.arange(bounds[-1], dtype=torch.int32) - ends[:-1][sequence.long()]
+    return since.to(device), sequence.to(device)
+
+
+def _constants(conv: Tensor | None, slope, write, erase, gain, tail) -> dict[str, Any]:
+    return {
+        "K": 0 if conv is None else conv.shape[1],
+        "SLOPE": slope is not None,
+        "WRITE": write is not None,
+        "ERASE": erase is not None,
+        "UNITS": gain is not None,
+        "CARRIED": tail is not None,
+    }
+
+
+def _like(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for a gradient of each; empty where there is none."""
+    return tuple(x.new_empty(0) if y is None else torch.empty_like(y) for y in others)
+
+
+_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fresh_inputs(x: Tensor, gain: Tensor | None, G: int, R: int, heads: list[int]) -> _Six:
+    P = x.shape[0]
+    q, k, e = (x.new_empty((P, G, R)) for _ in range(3))
+    read, key = (x.new_empty((P if gain is not None else 0, G, R)) for _ in range(2))
+    return q, k, e, x.new_empty((P, G, *heads)), read, key
+
+
+@torch.library.custom_op("llm_mlp::head_inputs", mutates_args=())
+def _forward(
+    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, erase: Tensor | None,
+    gain: Tensor | None, tail: Tensor | None, bounds: list[int], G: int, R: int, heads: list[int], top: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, e ``[P, G, R]``, w ``[P, G, m, V]`` and the units' reads and keys ``[P, G, R]`` (empty without a gain)."""
+    out = _fresh_inputs(x, gain, G, R, heads)
+    (P, C), width = x.shape, out[3][0].numel()
+    way = plan("heads", sizes_of(R, heads[1], x.dtype))
+    launch = way.of(candidates())["_inputs"]
+    since, sequence = _places(tuple(bounds), x.device)
+    with way.compiling():
+        _inputs[(triton.cdiv(P, launch["BT"]), triton.cdiv(C, R))](
+            x, tail, conv, slope, write, erase, gain, since, sequence, *out, P, x.stride(0), G, C, width, top, eps,
+            R=R, **_constants(conv, slope, write, erase, gain, tail), **launch,
+        )  # fmt: skip
+    return out
+
+
+@_forward.register_fake
+def _(x, conv, slope, write, erase, gain, tail, bounds, G, R, heads, top, eps):
+    return _fresh_inputs(x, gain, G, R, heads)
+
+
+@torch.library.custom_op("llm_mlp::head_inputs_backward", mutates_args=())
+def _backward(
+    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, erase: Tensor | None,
+    gain: Tensor | None, tail: Tensor | None, dq: Tensor, dk: Tensor, de: Tensor, dw: Tensor, dread: Tensor,
+    dkey: Tensor, bounds: list[int], R: int, top: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, conv, slope, write, erase, gain and tail (empty where there is none)."""
+    (P, C), G, (m, V) = x.shape, dq.shape[1], dw.shape[2:]
+    constants = _constants(conv, slope, write, erase, gain, tail)
+    K, width, N = constants["K"], G * m * V, len(bounds) - 1
+    back = max(K - 1, 0)
+    way = plan("heads", sizes_of(R, V, x.dtype))
+    launch = way.of(candidates())["_inputs_back"]
+    programs = triton.cdiv(P, (launch["BT"] - back) * STEPS)
+    dx = x.new_empty((P, C))
+    dwrite, derase = _like(x, write, erase)
+    dhead = torch.zeros((N if tail is not None else 0, back, C), dtype=torch.float32, device=x.device)
+    part = torch.empty((programs, C, K + 2), dtype=torch.float32, device=x.device)
+    since, sequence = _places(tuple(bounds), x.device)
+    with way.compiling():
+        _inputs_back[(programs, triton.cdiv(C, R))](
+            x, tail, conv, slope, write, erase, gain, since, sequence,
+            *(aligned(d) for d in (dq, dk, de, dw, dread, dkey)), dx, dhead, dwrite, derase, part,
+            P, x.stride(0), G, C, width, top, eps, R=R, STEPS=STEPS,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **constants, **launch,
+        )  # fmt: skip
+    sums = part.sum(0)
+    dtail = x.new_empty(0)
+    if tail is not None and conv is not None:
+        # Token s of a sequence reads row K - 1 + s - j of (tail, tokens) at j tokens before it: a tail's row if s < j.
+        dtail = torch.zeros_like(tail, dtype=torch.float32)
+        for s in range(back):
+            for j in range(s + 1, K):
+                dtail[:, back + s - j] += dhead[:, s] * conv[:, back - j].float()
+        dtail = dtail.to(tail.dtype)
+    return (
+        dx,
+        x.new_empty(0) if conv is None else sums[:, :K].to(conv.dtype, copy=True),
+        x.new_empty(0) if slope is None else sums[:, K].to(slope.dtype, copy=True),
+        dwrite,
+        derase,
+        x.new_empty(0) if gain is None else sums[: 2 * G * R, K + 1].view(2, G, R).sum(1).to(gain.dtype),
+        dtail,
+    )
+
+
+@_backward.register_fake
+def _(x, conv, slope, write, erase, gain, tail, dq, dk, de, dw, dread, dkey, bounds, R, top, eps):
+    return x.new_empty(x.shape), *_like(x, conv, slope, write, erase, gain, tail)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.bounds, _, ctx.R, _, ctx.top, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.given = [t is not None for t in tensors]
+
+
+def _differentiate(ctx, *gradients):
+    rest = (ctx.bounds, ctx.R, ctx.top, ctx.eps)
+    found = _backward(*ctx.saved_tensors, *gradients, *rest)
+    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), *(None,) * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def inputs(
+    x: Tensor,
+    conv: Tensor | None,
+    slope: Tensor | None,
+    write: Tensor | None,
+    erase: Tensor | None,
+    gain: Tensor | None,
+    tail: Tensor | None,
+    bounds: list[int] | None,
+    *,
+    groups: int,
+    read_width: int,
+    heads: tuple[int, int],
+    erase_max: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the ops take, from the projections of a layer of narrow heads.
+
+    Args:
+        x: ``[B, T, C]``, q, k ``[G R]`` each and the values; a slice along C of a wider tensor will do.
+        conv: taps ``[C, K]``. slope: of the activation ``[C]``. gain: of the units' reads and keys ``[2, R]``.
+        write: logits of the gate on what is written ``[B, T, G m V]``; erase: of beta ``[B, T, G]``.
+        tail: the K - 1 inputs before the first ``[N, K-1, C]``; None is zeros. bounds: ends of packed sequences.
+        heads: m and V of a group. eps: of the units' norm.
+
+    Returns:
+        q, k, e ``[B, T, G, R]``, w ``[B, T, G, m, V]``, and reads and keys of the units ``[B, T, G, R]`` (``[0, ...]``
+        without a gain), in x's dtype.
+    """
+    B, T, C = x.shape
+    ends = list(range(0, B * T + 1, T)) if bounds is None else bounds
+
+    def flat(y: Tensor | None) -> Tensor | None:
+        return None if y is None else aligned(y.flatten(0, 1))
+
+    rows = x.flatten(0, 1)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    out = _forward(
+        rows, conv, slope, flat(write), flat(erase), gain, None if tail is None else tail.contiguous(), ends,
+        groups, read_width, list(heads), erase_max, eps,
+    )  # fmt: skip
+    *rows_of, read, key = out
+    shaped = [y.unflatten(0, (B, T)) for y in rows_of]
+    return *shaped, *((y.unflatten(0, (B, T)) if gain is not None else y) for y in (read, key))
+
+
+@torch.library.custom_op("llm_mlp::head_outputs", mutates_args=())
+def _outputs_forward(y: Tensor, read: Tensor | None, share: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+    out, V = torch.empty_like(y), y.shape[-1]
+    way = plan("heads", sizes_of(0, V, y.dtype))
+    launch, rows = way.of(candidates())["_outputs"], y.numel() // V
+    BT = launch["BT"] * max(1, 128 // V)
+    with way.compiling():
+        _outputs[(triton.cdiv(rows, BT),)](
+            y, read, share, gate, out, rows, eps, V=V, READ=read is not None, GATE=gate is not None,
+            **{**launch, "BT": BT},
+        )  # fmt: skip
+    return out
+
+
+@_outputs_forward.register_fake
+def _(y, read, share, gate, eps):
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op("llm_mlp::head_outputs_backward", mutates_args=())
+def _outputs_backward(
+    y: Tensor, read: Tensor | None, share: Tensor | None, gate: Tensor | None, dout: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, read, share and gate (empty where there is none)."""
+    V = y.shape[-1]
+    dy, dread, dshare, dgate = _like(y, y, read, share, gate)
+    way = plan("heads", sizes_of(0, V, y.dtype))
+    launch, rows = way.of(candidates())["_outputs_back"], y.numel() // V
+    BT = launch["BT"] * max(1, 128 // V)
+    with way.compiling():
+        _outputs_back[(triton.cdiv(rows, BT),)](
+            y, read, share, gate, aligned(dout), dy, dread, dshare, dgate, rows, eps, V=V, READ=read is not None,
+            GATE=gate is not None, **{**launch, "BT": BT},
+        )  # fmt: skip
+    return dy, dread, dshare, dgate
+
+
+@_outputs_backward.register_fake
+def _(y, read, share, gate, dout, eps):
+    return _like(y, y, read, share, gate)
+
+
+def _save_outputs(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.given = [t is not None for t in tensors]
+
+
+def _differentiate_outputs(ctx, dout):
+    found = _outputs_backward(*ctx.saved_tensors, dout, ctx.eps)
+    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), None
+
+
+_outputs_forward.register_autograd(_differentiate_outputs, setup_context=_save_outputs)
+
+
+def outputs(y: Tensor, read: Tensor | None, share: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+    """``rms_norm(y + sigmoid(share) read) * sigmoid(gate)``, the norm over each head.
+
+    Args:
+        y, read: ``[..., V]`` in one dtype. share: logits ``[...]``. gate: logits, as many as y has numbers.
+    """
+    given = [None if x is None else aligned(x) for x in (y, read, share, gate)]
+    return _outputs_forward(*given, eps)  # type: ignore[arg-type]
