@@ -20,14 +20,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from llm_mlp.ops.cross_entropy import kernels as cross_entropy
+from llm_mlp.ops.heads import kernels as heads
 from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.perceive import kernels as perceive
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = ("start_ptr", "length_ptr", "bounds_ptr", "first_ptr", "span_ptr", "wild_ptr", "slot_ptr")
+INTEGERS = (
+    "since_ptr",
+    "sequence_ptr",
+    "start_ptr",
+    "length_ptr",
+    "bounds_ptr",
+    "first_ptr",
+    "span_ptr",
+    "wild_ptr",
+    "slot_ptr",
+)
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 # Pointers to tensors in the inputs' dtype; all others are float32.
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
+NARROW |= {"x", "tail", "write", "erase", "dx", "dwrite", "derase", "dread", "dkey", "read", "key", "logit"}
+NARROW |= {"share", "gate", "out", "dout", "dshare", "dgate"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -38,20 +52,28 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
         elif name in INTEGERS:
             wide = name == "start_ptr" and "slot_ptr" in kernel.arg_names
             kinds[name] = "*i64" if wide else "*i32"
+        elif name == "target_ptr":
+            kinds[name] = "*i64"
+        elif name == "rest_ptr":
+            kinds[name] = "*fp8e5"
         elif name.endswith("_ptr"):
             kinds[name] = TYPES[dtype] if name.removesuffix("_ptr") in NARROW else "*fp32"
             if name == "inverse_ptr" and dtype == "float16":
                 kinds[name] = "*bf16"
         else:
-            kinds[name] = "fp32" if name == "scale" else "i32"
+            kinds[name] = "fp32" if name in ("scale", "top", "eps", "cap") else "i32"
     return kinds
 
 
 def show(kernel: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int, capability: int) -> None:
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     kinds = signature(kernel, constants, dtype)
-    # Pointers as torch hands them out: at multiples of 16 bytes, so that loads are wide.
-    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    # Pointers as torch hands them out: at multiples of 16 bytes, so that loads are wide; rows likewise.
+    aligned = {
+        (n,): [["tt.divisibility", 16]]
+        for n, (name, kind) in enumerate(kinds.items())
+        if kind.startswith("*") or (kind == "i32" and name in ("stride", "C", "width"))
+    }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=aligned)
     made = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
@@ -128,6 +150,22 @@ def main() -> None:
                 args.stages,
                 args.capability,
             )
+        inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "ERASE": True, "UNITS": True}
+        inputs |= {"CARRIED": False}
+        outputs = {"V": args.value_width, "READ": True, "GATE": True}
+        for kernel, constants in (
+            (heads._inputs, inputs),
+            (heads._inputs_back, {**inputs, "STEPS": heads.STEPS, "PRECISION": precision}),
+            (heads._outputs, outputs),
+            (heads._outputs_back, outputs),
+            (cross_entropy._loss, {"CAP": True, "GRADIENT": True}),
+        ):
+            name = kernel.fn.__name__
+            launch = cross_entropy.LAUNCH[name] if name == "_loss" else heads.LAUNCH[name]
+            size = {n: x for n, x in launch.items() if n in ("BT", "BLOCK")}
+            if "V" in constants:
+                size["BT"] *= max(1, 128 // args.value_width)
+            show(kernel, {**constants, **size}, args.dtype, warps, args.stages, args.capability)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Check every launch configuration of the kernels against float64 on this device, and time each kernel alone.
 
-    python benchmarks/tune_kernels.py [perceive|memorise] [--kernels _scan] [--workers 8] [--results FILE]
+    python benchmarks/tune_kernels.py [perceive|memorise|heads|cross_entropy] [--kernels _scan] [--workers 8]
 
 Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random
 inputs, in a process of its own, because a miscompiled one may take the device's context with it. A tensor passes whose
@@ -29,7 +29,10 @@ from triton.errors import TritonError
 
 from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs
 from llm_mlp.bench.record import record
-from llm_mlp.ops import memorise, perceive
+from llm_mlp.ops import linear_cross_entropy, memorise, perceive
+from llm_mlp.ops.cross_entropy import kernels as cross_entropy_kernels
+from llm_mlp.ops.heads import head_inputs, head_outputs
+from llm_mlp.ops.heads import kernels as head_kernels
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
 from llm_mlp.ops.tune import ASSEMBLER, both_ways, compare, newest_assembler
@@ -39,7 +42,13 @@ SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, 
 NAMES = {
     "perceive": "y state residual dq dk de dw dlog_decay",
     "memorise": "y keys values dq dk dw dsink",
+    "heads": "q k e w units_q units_k out dx dconv dslope dwrite derase dgain dy dread dshare dgate",
+    "cross_entropy": "loss dhidden dweight",
 }
+
+
+WIDTH, VOCABULARY, CAP = 1024, 32768, 15.0  # of the model whose loss is timed
+ERASE_MAX, EPS = 1.98, 1e-6
 
 
 def _launches(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
@@ -48,34 +57,74 @@ def _launches(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(names[-len(n) :], n, strict=True)) for n in numbers]
 
 
+def _tokens(*numbers: tuple[int, int]) -> list[dict[str, int]]:
+    """Tokens of a tile, and warps."""
+    return [{"BT": tokens, "num_warps": warps} for tokens, warps in numbers]
+
+
 CANDIDATES = {
     "_inverse": _launches((4, 1), (8, 1)),
     "_scan": [{"columns": c, **n} for c in (64, 32) for n in _launches((4, 1), (4, 2))],
     "_scan_back": [{"columns": c, **n} for c in (64, 32) for n in _launches((4, 1), (4, 2))],
     "_gradients": _launches((4, 1), (8, 1)),
-    "_read": _launches((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
-    "_read_back": _launches((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
-    "_rows_back": _launches((64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 3)),
+    "_read": _launches((64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)),
+    "_read_back": _launches((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)),
+    "_rows_back": _launches((32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), (32, 32, 4, 3), (64, 32, 4, 3)),
+    "_inputs": _tokens((32, 4), (32, 8), (16, 4), (64, 8)),
+    "_inputs_back": _tokens((32, 8), (32, 4), (16, 4), (16, 8), (64, 8), (64, 16)),
+    "_outputs": _tokens((32, 4), (16, 4), (32, 8)),
+    "_outputs_back": _tokens((32, 4), (16, 4), (32, 8)),
+    "_loss": [{"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (2048, 4))],
 }
-TABLES = {"perceive": perceive_kernels.LAUNCH, "memorise": memorise_kernels.LAUNCH}
+TABLES = {
+    "perceive": perceive_kernels.LAUNCH,
+    "memorise": memorise_kernels.LAUNCH,
+    "heads": head_kernels.LAUNCH,
+    "cross_entropy": cross_entropy_kernels.LAUNCH,
+}
 
 
 def runner(op: str, backend: str, s: Shape) -> Callable[..., tuple[Tensor, ...]]:
     if op == "perceive":
         return lambda *x: perceive(*x, return_residual=True, backend=backend)
+    plain = "triton" if backend == "triton" else "chunked"  # the other ops' reference is plain torch
+    if op == "heads":
+
+        def run(*x: Tensor) -> tuple[Tensor, ...]:
+            form: dict[str, Any] = {"groups": s.groups, "heads": (s.heads, s.value_width)}
+            found, _ = head_inputs(*x[:6], **form, erase_max=ERASE_MAX, eps=EPS, backend=plain)
+            out = head_outputs(*x[6:], eps=EPS, backend=plain)
+            return *(y for y in found if y is not None), out
+
+        return run
+    if op == "cross_entropy":
+        return lambda h, w, targets: (linear_cross_entropy(h, w, targets, cap=CAP, backend=plain),)
     size: dict[str, Any] = {"block": s.block, "slots": s.slots, "activation": s.activation}
     return lambda *x: (lambda y, units: (y, units.keys, units.values))(*memorise(*x, **size, backend=backend))
 
 
 def make_inputs(op: str, s: Shape) -> list[Tensor]:
-    return (perceive_inputs if op == "perceive" else memorise_inputs)(s, torch.bfloat16, DEVICE)
+    if op in ("perceive", "memorise"):
+        return (perceive_inputs if op == "perceive" else memorise_inputs)(s, torch.bfloat16, DEVICE)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+    if op == "cross_entropy":
+        targets = torch.randint(VOCABULARY, (s.tokens,), device=DEVICE)
+        return [normal(s.tokens, WIDTH), normal(VOCABULARY, WIDTH) / WIDTH**0.5, targets]
+    B, T, G, m, V, R = s.batch, s.length, s.groups, s.heads, s.value_width, s.features
+    C, wide = 2 * G * R + G * m * V, torch.float32
+    before = [normal(B, T, C), normal(C, 4, dtype=wide), normal(C, dtype=wide), normal(B, T, G * m * V)]
+    after = [normal(B, T, G, m, V), normal(B, T, G, m, V), normal(B, T, G, m), normal(B, T, G * m * V)]
+    return [*before, normal(B, T, G), normal(2, R, dtype=wide), *after]
 
 
 def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
     """What is wrong at this shape, and each tensor's root mean square error over the yardstick's."""
     torch.manual_seed(1)
     inputs = make_inputs(op, s)
-    truth = both_ways(runner(op, "reference", s), [x.double() for x in inputs])
+    truth = both_ways(runner(op, "reference", s), [x.double() if x.is_floating_point() else x for x in inputs])
     yard = both_ways(runner(op, "chunked", s), inputs)
     torch.cuda.empty_cache()
     got = both_ways(runner(op, "triton", s), inputs)
@@ -97,7 +146,7 @@ def check(op: str, m: int, V: int) -> dict[str, Any]:
     found: list[str] = []
     ratios: dict[str, float] = {}
     try:
-        for activation in ("relu2",) if op == "perceive" else ("relu2", "softmax"):
+        for activation in ("relu2", "softmax") if op == "memorise" else ("relu2",):
             more, ratios = failures(op, Shape(**SMALL, heads=m, value_width=V, activation=activation))
             found += [f"{activation} {text}" if op == "memorise" else text for text in more]
     except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure, a lost device
@@ -119,11 +168,12 @@ def check_apart(op: str, kernel: str, launch: dict[str, int], m: int, V: int) ->
 def kernel_times(op: str, s: Shape, repeats: int) -> dict[str, float]:
     """Mean milliseconds a forward and backward pass spends in each kernel."""
     run = runner(op, "triton", s)
-    leaves = [x.detach().requires_grad_() for x in make_inputs(op, s)]
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in make_inputs(op, s)]
 
     def call() -> None:
-        y = run(*leaves)[0]
-        y.backward(torch.ones_like(y))
+        found = run(*leaves)
+        found = found if op == "heads" else found[:1]
+        torch.autograd.backward(found, [torch.ones_like(y) for y in found])
         for x in leaves:
             x.grad = None
 
@@ -138,7 +188,7 @@ def kernel_times(op: str, s: Shape, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", default=["perceive", "memorise"])
+    parser.add_argument("ops", nargs="*", default=list(TABLES))
     parser.add_argument("--kernels", default="", help="only these, comma-separated")
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--length", type=int, default=2048)
@@ -161,7 +211,7 @@ def main() -> None:
     if newest := newest_assembler():  # for this process and those that check
         os.environ[ASSEMBLER] = newest
     if unknown := set(args.ops) - set(TABLES):
-        parser.error(f"unknown op {', '.join(sorted(unknown))}; known: perceive, memorise")
+        parser.error(f"unknown op {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
     wanted = [k for k in args.kernels.split(",") if k] or list(CANDIDATES)
     jobs = [
         (op, kernel, launch)
@@ -178,6 +228,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.workers) as pool:
             checks = list(pool.map(lambda job: check_apart(*job, args.heads, args.value_width), jobs))
     for (op, kernel, launch), row in zip(jobs, checks, strict=True):
+        tokens = args.tokens // 4 if op == "cross_entropy" else args.tokens  # logits of all would be 8 GB
         row = {
             "op": op,
             "kernel": kernel,
@@ -187,7 +238,7 @@ def main() -> None:
             **row,
         }
         if not row["failures"] and not args.no_times:
-            s = Shape(args.tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
+            s = Shape(tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
             before, TABLES[op][kernel] = TABLES[op][kernel], launch
             times = kernel_times(op, s, args.repeats)
             row["ms"], TABLES[op][kernel] = times.get(kernel), before

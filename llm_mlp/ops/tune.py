@@ -341,13 +341,69 @@ def _memorise_cases(
     return [(lambda backend: run(backend, False), inputs), (lambda backend: run(backend, True), inputs)]
 
 
+def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[tuple[Callable, list[Tensor]]]:
+    from llm_mlp.ops.heads import head_inputs, head_outputs
+
+    B, T, G, m, K = 2, 300, 2, 2, 4
+    width, C = G * m * V, 2 * G * R + G * m * V
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    if not R:  # what comes after the ops has none
+        rows = (B, T, G, m)
+        inputs = [x.to(dtype) for x in (normal(*rows, V), normal(*rows, V), normal(*rows), normal(B, T, width))]
+        return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
+
+    def run(backend: str) -> Callable:
+        def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, erase: Tensor, gain: Tensor, *tail: Tensor):
+            found, new = head_inputs(
+                x, conv, slope, write, erase, gain, *tail,
+                groups=G, heads=(m, V), erase_max=1.98, eps=1e-6, backend=backend,
+            )  # fmt: skip
+            return [y for y in (*found, new) if y is not None]
+
+        return call
+
+    inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
+    inputs += [normal(B, T, width).to(dtype), normal(B, T, G).to(dtype), 1 + normal(2, R) / 4]
+    return [(run, inputs), (run, [*inputs, normal(B, K - 1, C).to(dtype)])]
+
+
+def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[tuple[Callable, list[Tensor]]]:
+    from llm_mlp.ops.cross_entropy import linear_cross_entropy
+
+    n, D, vocabulary = 300, 64, 5003
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn((r, D), generator=generator).to(dtype).to(device) for r in (n, vocabulary))
+    targets = torch.randint(vocabulary, (n,), generator=generator).to(device)
+    targets[::7] = -100
+
+    def run(cap: float) -> Callable:
+        def of(backend: str) -> Callable:
+            return lambda h, w: [linear_cross_entropy(h, w, targets, cap=cap, backend=backend)]
+
+        return of
+
+    return [(run(0.0), [hidden, weight]), (run(15.0), [hidden, weight])]
+
+
+_CASES: dict[str, Callable[..., list[tuple[Callable, list[Tensor]]]]] = {
+    "perceive": _perceive_cases,
+    "memorise": _memorise_cases,
+    "heads": _heads_cases,
+    "cross_entropy": _cross_entropy_cases,
+}
+
+
 def check(op: str, sizes: Sizes, device: str) -> list[str]:
     """What the kernels of an op get wrong at these sizes on a device, as text; empty if nothing."""
     constants: dict[str, Any] = dict(sizes)
     dtype = getattr(torch, constants.pop("dtype"))
     # Beside 16-bit inputs the kernels multiply float32 in fewer bits; so may the yardstick.
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    cases = (_perceive_cases if op == "perceive" else _memorise_cases)(**constants, dtype=dtype, device=device)
+    cases = _CASES[op](**constants, dtype=dtype, device=device)
     failures = []
     for number, (run, inputs) in enumerate(cases):
         truth = both_ways(run("chunked"), [x.double() for x in inputs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import close
+from op_cases import DEVICE, Earned, close
 
 from llm_mlp.ops import linear_cross_entropy
 
@@ -147,3 +147,34 @@ def test_bad_input():
     hidden, weight, targets = inputs(2, 3)
     with pytest.raises(ValueError, match="unknown reduction 'median'; known: mean, sum, none"):
         linear_cross_entropy(hidden, weight, targets, reduction="median")
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel(cap, dtype):
+    """Within twice the error of plain torch, beside float64 on the rounded inputs (docs/extending.md)."""
+    pytest.importorskip("triton", reason="the kernels are optional")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(70, 32, generator=g).to(dtype), torch.randn(4999, 32, generator=g).to(dtype)
+    targets = torch.randint(4999, (70,), generator=g)
+    targets[::5] = -100
+    earned = Earned("loss dhidden dweight")
+
+    def of(backend):
+        kind = "triton" if backend == "triton" else "chunked"
+        return lambda h, w: [linear_cross_entropy(h, w, targets.to(h.device), cap=cap, backend=kind)]
+
+    for _ in range(2):
+        earned.add(of, [hidden, weight])
+    earned.check()
+    on = [x.to(DEVICE) for x in (hidden, weight, targets)]
+    each, want = (linear_cross_entropy(*on, cap=cap, reduction="none", backend=b) for b in ("triton", "chunked"))
+    assert torch.equal(each.cpu() == 0, targets == -100)
+    assert (each - want).abs().max() < 2e-5
+
+
+def test_a_target_outside_the_vocabulary_is_not_silent():
+    pytest.importorskip("triton", reason="the kernels are optional")
+    hidden, weight = torch.randn(2, 16, device=DEVICE), torch.randn(20, 16, device=DEVICE)
+    targets = torch.tensor([3, 20], device=DEVICE)
+    assert linear_cross_entropy(hidden, weight, targets, reduction="sum", backend="triton").isnan()

@@ -20,7 +20,7 @@ from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 LAUNCH: Table = {
     "_inputs": {"BT": 32, "num_warps": 4},
-    "_inputs_back": {"BT": 64, "num_warps": 8},
+    "_inputs_back": {"BT": 32, "num_warps": 8},
     "_outputs": {"BT": 32, "num_warps": 4},
     "_outputs_back": {"BT": 32, "num_warps": 4},
 }
@@ -35,11 +35,11 @@ def _sigmoid(x):
 
 @triton.jit
 def _before(
-    x_ptr, tail_ptr, t, c, since, sequence, inside, j: tl.constexpr, stride, C, K: tl.constexpr, CARRIED: tl.constexpr,
+    x_ptr, tail_ptr, i, c, since, sequence, inside, j: tl.constexpr, stride, C, K: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """The input ``j`` tokens before each token ``t``: of the same sequence, of its tail, or 0."""
+    """The input ``j`` tokens before each row ``i`` of the tile at ``x_ptr``: of its sequence, of its tail, or 0."""
     own = inside & (since >= j)[:, None]
-    x = tl.load(x_ptr + (t - j).to(tl.int64)[:, None] * stride + c[None, :], mask=own, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + ((i - j)[:, None] * stride + c[None, :]), mask=own, other=0.0).to(tl.float32)
     if CARRIED:
         row = sequence * (K - 1) + (K - 1) + since - j
         old = tl.load(
@@ -51,17 +51,17 @@ def _before(
 
 @triton.jit
 def _activated(
-    x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C,
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, i, c, since, sequence, inside, known, stride, C,
     K: tl.constexpr, SLOPE: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     """What the convolution gives, the slope, and sigmoid(slope y)."""
     if K == 0:
-        y = _before(x_ptr, tail_ptr, t, c, since, sequence, inside, 0, stride, C, 1, False)
+        y = _before(x_ptr, tail_ptr, i, c, since, sequence, inside, 0, stride, C, 1, False)
     else:
         y = tl.zeros(inside.shape, tl.float32)
         for j in tl.static_range(K):
             tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known, other=0.0).to(tl.float32)
-            y += tap[None, :] * _before(x_ptr, tail_ptr, t, c, since, sequence, inside, j, stride, C, K, CARRIED)
+            y += tap[None, :] * _before(x_ptr, tail_ptr, i, c, since, sequence, inside, j, stride, C, K, CARRIED)
     slope = tl.full(c.shape, 1.0, tl.float32)
     if SLOPE:
         slope = tl.load(slope_ptr + c, mask=known, other=0.0).to(tl.float32)
@@ -77,41 +77,43 @@ def _inputs(
     UNITS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    f = tl.arange(0, R)
+    begin = tl.program_id(0).to(tl.int64) * BT
+    i, f = tl.arange(0, BT), tl.arange(0, R)
     c = block * R + f
     known = c < C
-    there = t < P
+    there = begin + i < P
     inside = there[:, None] & known[None, :]
-    since = tl.load(since_ptr + t, mask=there, other=0)
-    sequence = tl.load(sequence_ptr + t, mask=there, other=0)
+    since = tl.load(since_ptr + begin + i, mask=there, other=0)
+    sequence = tl.load(sequence_ptr + begin + i, mask=there, other=0)
+    x_ptr += begin * stride
     y, slope, s = _activated(
-        x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
+        x_ptr, tail_ptr, conv_ptr, slope_ptr, i, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
     )
     a = y * s
-    row = t.to(tl.int64)[:, None]
     if block < 2 * G:
         key = block >= G
-        at = row * (G * R) + ((block - G if key else block) * R + f)[None, :]
+        base = begin * (G * R) + (block - G if key else block) * R
+        at = i[:, None] * (G * R) + f[None, :]
         squares = tl.sum(a * a, 1)
         z = narrow(a / tl.maximum(tl.sqrt(squares), TINY)[:, None], q_ptr.dtype.element_ty)
-        tl.store((k_ptr if key else q_ptr) + at, z, mask=inside)
+        tl.store((k_ptr if key else q_ptr) + base + at, z, mask=inside)
         if key:
             beta = tl.zeros((BT,), tl.float32)
             if ERASE:
                 beta = top * _sigmoid(
-                    tl.load(erase_ptr + t.to(tl.int64) * G + block - G, mask=there, other=0.0).to(tl.float32)
+                    tl.load(erase_ptr + begin * G + block - G + i * G, mask=there, other=0.0).to(tl.float32)
                 )
-            tl.store(e_ptr + at, narrow(z.to(tl.float32) * beta[:, None], q_ptr.dtype.element_ty), mask=inside)
+            tl.store(e_ptr + base + at, narrow(z.to(tl.float32) * beta[:, None], q_ptr.dtype.element_ty), mask=inside)
         if UNITS:
             gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
             unit = a * tl.rsqrt(squares / R + eps)[:, None] * gain[None, :]
-            tl.store((key_ptr if key else read_ptr) + at, narrow(unit, q_ptr.dtype.element_ty), mask=inside)
+            tl.store((key_ptr if key else read_ptr) + base + at, narrow(unit, q_ptr.dtype.element_ty), mask=inside)
     else:
-        at = row * width + (c - 2 * G * R)[None, :]
+        base = begin * width
+        at = i[:, None] * width + (c - 2 * G * R)[None, :]
         if WRITE:
-            a *= 2.0 * _sigmoid(tl.load(write_ptr + at, mask=inside, other=0.0).to(tl.float32))
-        tl.store(w_ptr + at, narrow(a, w_ptr.dtype.element_ty), mask=inside)
+            a *= 2.0 * _sigmoid(tl.load(write_ptr + base + at, mask=inside, other=0.0).to(tl.float32))
+        tl.store(w_ptr + base + at, narrow(a, w_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -134,30 +136,31 @@ def _inputs_back(
     part = part_ptr + (tl.program_id(0).to(tl.int64) * C + c) * (K + 2)
     dslope, dgain = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     for step in range(STEPS):
-        t = (tl.program_id(0) * STEPS + step) * OWN + i
-        there = t < P
+        begin = (tl.program_id(0) * STEPS + step).to(tl.int64) * OWN
+        there = begin + i < P
         inside = there[:, None] & known[None, :]
         own = (i < OWN) & there
         mine = own[:, None] & known[None, :]
-        since = tl.load(since_ptr + t, mask=there, other=0)
-        sequence = tl.load(sequence_ptr + t, mask=there, other=0)
+        since = tl.load(since_ptr + begin + i, mask=there, other=0)
+        sequence = tl.load(sequence_ptr + begin + i, mask=there, other=0)
+        rows_ptr = x_ptr + begin * stride
         y, slope, s = _activated(
-            x_ptr, tail_ptr, conv_ptr, slope_ptr, t, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
+            rows_ptr, tail_ptr, conv_ptr, slope_ptr, i, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
         )
         a = y * s
-        row = t.to(tl.int64)[:, None]
         if block < 2 * G:
             key = block >= G
-            at = row * (G * R) + ((block - G if key else block) * R + f)[None, :]
+            base = begin * (G * R) + (block - G if key else block) * R
+            at = i[:, None] * (G * R) + f[None, :]
             squares = tl.sum(a * a, 1)
             r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
             z = a * r[:, None]
-            dz = tl.load((dk_ptr if key else dq_ptr) + at, mask=inside, other=0.0).to(tl.float32)
+            dz = tl.load((dk_ptr if key else dq_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
             if ERASE:  # noqa: SIM102 (a compile-time condition)
                 if key:
-                    gate = t.to(tl.int64) * G + block - G
+                    gate = begin * G + block - G + i * G
                     g = _sigmoid(tl.load(erase_ptr + gate, mask=there, other=0.0).to(tl.float32))
-                    de = tl.load(de_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    de = tl.load(de_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
                     tl.store(
                         derase_ptr + gate,
                         narrow(tl.sum(de * z, 1) * top * g * (1.0 - g), derase_ptr.dtype.element_ty),
@@ -169,16 +172,19 @@ def _inputs_back(
                 gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
                 r = tl.rsqrt(squares / R + eps)
                 unit = a * r[:, None]
-                dunit = tl.load((dkey_ptr if key else dread_ptr) + at, mask=inside, other=0.0).to(tl.float32)
+                dunit = tl.load((dkey_ptr if key else dread_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
                 dgain += tl.sum(tl.where(mine, dunit * unit, 0.0), 0)
                 dunit *= gain[None, :]
                 da += (dunit - unit * (tl.sum(dunit * unit, 1) / R)[:, None]) * r[:, None]
         else:
-            at = row * width + (c - 2 * G * R)[None, :]
-            da = tl.load(dw_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            base = begin * width
+            at = i[:, None] * width + (c - 2 * G * R)[None, :]
+            da = tl.load(dw_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
             if WRITE:
-                g = _sigmoid(tl.load(write_ptr + at, mask=inside, other=0.0).to(tl.float32))
-                tl.store(dwrite_ptr + at, narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty), mask=mine)
+                g = _sigmoid(tl.load(write_ptr + base + at, mask=inside, other=0.0).to(tl.float32))
+                tl.store(
+                    dwrite_ptr + base + at, narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty), mask=mine
+                )
                 da *= 2.0 * g
         bent = y * s * (1.0 - s)
         if SLOPE:
@@ -199,12 +205,12 @@ def _inputs_back(
                 else:  # of the token j later, if it is of the same sequence
                     moved = (i[None, :] == i[:, None] + j) & (since >= j)[None, :]
                     dx += product(narrow(tl.where(moved, 1.0, 0.0), kind), rounded, PRECISION) * tap[None, :]
-                x = _before(x_ptr, tail_ptr, t, c, since, sequence, mine, j, stride, C, K, CARRIED)
+                x = _before(x_ptr, tail_ptr, i, c, since, sequence, mine, j, stride, C, K, CARRIED)
                 total = tl.sum(dy * x, 0)
                 if step > 0:
                     total += tl.load(part + (K - 1 - j), mask=known, other=0.0)
                 tl.store(part + (K - 1 - j), total, mask=known)
-        tl.store(dx_ptr + row * C + c[None, :], narrow(dx, kind), mask=mine)
+        tl.store(dx_ptr + begin * C + (i[:, None] * C + c[None, :]), narrow(dx, kind), mask=mine)
     tl.store(part + K, dslope, mask=known)
     tl.store(part + K + 1, dgain, mask=known)
 
@@ -214,9 +220,10 @@ def _outputs(
     y_ptr, read_ptr, share_ptr, gate_ptr, out_ptr, rows, eps,
     V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    begin = tl.program_id(0).to(tl.int64) * BT
+    t = begin + tl.arange(0, BT)
     there = t < rows
-    at = t.to(tl.int64)[:, None] * V + tl.arange(0, V)[None, :]
+    at = begin * V + (tl.arange(0, BT)[:, None] * V + tl.arange(0, V)[None, :])
     inside = there[:, None]
     z = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if READ:
@@ -233,9 +240,10 @@ def _outputs_back(
     y_ptr, read_ptr, share_ptr, gate_ptr, dout_ptr, dy_ptr, dread_ptr, dshare_ptr, dgate_ptr, rows, eps,
     V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    begin = tl.program_id(0).to(tl.int64) * BT
+    t = begin + tl.arange(0, BT)
     there = t < rows
-    at = t.to(tl.int64)[:, None] * V + tl.arange(0, V)[None, :]
+    at = begin * V + (tl.arange(0, BT)[:, None] * V + tl.arange(0, V)[None, :])
     inside = there[:, None]
     kind = dy_ptr.dtype.element_ty
     z = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)

@@ -80,6 +80,7 @@ LAUNCH: Table = {
 # Sequences are cut into spans of at least SPAN tokens where scans have less than half of FULL programs (two for each of
 # an H100's multiprocessors), and into as many as give FULL.
 FULL, SPAN = 264, 512
+REST = tl.constexpr(256.0)  # scale of what rounding y left out, kept in 8 bits
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -148,7 +149,7 @@ def _inner(
     head = tl.arange(0, Z.shape[1]) // (Z.shape[1] // BM)
     for h in range(heads):
         gamma = _gamma(decay_ptr, step, length, h, TRANSPOSED, C, FLOOR)
-        total = tl.where(head[None, :] == h, product(X * gamma, Z, PRECISION), total)
+        total = tl.where(head[None, :] == h, product_split(X * gamma, Z, PRECISION), total)
     return total
 
 
@@ -161,7 +162,7 @@ def _outer(
     head = tl.arange(0, A.shape[1]) // (A.shape[1] // BM)
     for h in range(heads):
         gamma = _gamma(decay_ptr, step, length, h, TRANSPOSED, C, FLOOR)
-        base += gamma * product(tl.where(head[None, :] == h, A, 0.0), tl.trans(B), PRECISION)
+        base += gamma * product_split(tl.where(head[None, :] == h, A, 0.0), tl.trans(B), PRECISION)
     return base
 
 
@@ -272,7 +273,7 @@ def _inverse(
 def _scan(
     q_ptr, k_ptr, e_ptr, w_ptr, decay_ptr, state_ptr, inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr,
     bounds_ptr, first_ptr,  # sequences: first token [N+1], first chunk [N+1]
-    y_ptr, after_ptr, residual_ptr, before_ptr,
+    y_ptr, rest_ptr, after_ptr, residual_ptr, before_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
     KEEP: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
@@ -345,13 +346,17 @@ def _scan(
                     _head_sums(U * U, BM),
                     mask=real & known[None, :],
                 )
-                tl.store(y_ptr + there + tokens, narrow(y, y_ptr.dtype.element_ty), mask=real & own[None, :])
+                rounded = narrow(y, y_ptr.dtype.element_ty)
+                tl.store(y_ptr + there + tokens, rounded, mask=real & own[None, :])
+                if KEEP and PRECISION == "tf32":  # what a 16-bit y leaves out: see `_scan_back`
+                    rest = tl.minimum(tl.maximum((y - rounded.to(tl.float32)) * REST, -57344.0), 57344.0)
+                    tl.store(rest_ptr + there + tokens, rest.to(tl.float8e5), mask=real & own[None, :])
         tl.store(after_ptr + (n * G + g) * F * width + cell, S, mask=own[None, :])
 
 
 @triton.jit(do_not_specialize=["G"])
 def _scan_back(
-    q_ptr, k_ptr, e_ptr, w_ptr, y_ptr, dy_ptr, decay_ptr, dafter_ptr, residual_ptr, dresidual_ptr, before_ptr,
+    q_ptr, k_ptr, e_ptr, w_ptr, y_ptr, rest_ptr, dy_ptr, decay_ptr, dafter_ptr, residual_ptr, dresidual_ptr, before_ptr,
     inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, bounds_ptr, first_ptr,
     dw_ptr, dg_ptr, dafters_ptr, dbefore_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
@@ -383,14 +388,17 @@ def _scan_back(
             inside = real & own[None, :]
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
-            if RESIDUAL or F <= 256:
+            if F <= 256:
                 e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             if RESIDUAL or not ENDS:
                 w = tl.load(w_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
             if not ENDS:
+                # The decays' gradient is a sum over a chunk of dy . y, where the rounding of y would add up.
                 y = tl.load(y_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
+                if PRECISION == "tf32":
+                    y += tl.load(rest_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32) / REST
             scales = at * m * C + (i[:, None] * m + head[None, :])
             up = tl.load(up_ptr + scales, mask=known[None, :], other=0.0)
             down = tl.load(down_ptr + scales, mask=known[None, :], other=0.0)
@@ -421,6 +429,8 @@ def _scan_back(
                 dresidual = 2.0 * tl.load(dresidual_ptr + gate, mask=real & known[None, :], other=0.0)
                 if not ENDS:
                     dg += dresidual * tl.load(residual_ptr + gate, mask=real & known[None, :], other=0.0)
+                if F > 256:  # in the shared memory that k had
+                    e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
                 seen = product(e, S, PRECISION)
                 if WILD:
                     R = w - _scaled(seen, down, BM)
@@ -808,7 +818,9 @@ class _Call:
         return torch.where((last >= 0)[:, None, None, None, None], edges[at], given)
 
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Tensors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
 
 
 @torch.library.custom_op("llm_mlp::perceive", mutates_args=())
@@ -816,7 +828,8 @@ def _forward(
     q: Tensor, k: Tensor, e: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, bounds: list[int], keep: bool
 ) -> _Tensors:
     """y, state, residual; and if ``keep`` what the backward pass reads: the states before each chunk (in q's dtype, in
-    the chunk's frame), the inverses, the decays of each chunk (down, up, edge, their sums, wild), the spans' hops."""
+    the chunk's frame), what rounding y left out, the inverses, the decays of each chunk (down, up, edge, their sums,
+    wild), the spans' hops."""
     call = _Call.of(q, w, bounds)
     kept = _outputs(q, w, log_decay, state, call, keep)
     with call.way.compiling():
@@ -837,7 +850,7 @@ def _run_forward(
 ) -> Tensor:
     """Fills what is kept; the state after the last token."""
     G, F, layout = call.G, call.F, call.layout
-    y, after, residual, before, inverse, down, up, edge, sums, wild, hop = kept
+    y, after, residual, before, rest, inverse, down, up, edge, sums, wild, hop = kept
     _decays[(layout.chunks, G)](
         log_decay, layout.start, layout.length, down, up, edge, sums, wild, G,
         FLOOR=RESET, LIMIT=limit(q.dtype), **call.tile["_decays"], **_how(call.launch["_decays"]),
@@ -848,7 +861,7 @@ def _run_forward(
         for is_wild in (False, True):
             _scan[call.sequences("_scan")](
                 q, k, e, w, log_decay, state, inverse, down, up, edge, sums, wild, layout.bounds, layout.first,
-                y, after, residual, before, G, **call.constants("_scan", KEEP=keep, ENDS=ends, WILD=is_wild),
+                y, rest, after, residual, before, G, **call.constants("_scan", KEEP=keep, ENDS=ends, WILD=is_wild),
             )  # fmt: skip
 
     if not call.cut:
@@ -882,6 +895,7 @@ def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, call: _Call
         torch.empty_like(state),
         torch.empty_like(log_decay),
         fresh(chunks if keep else 0, G, F, m, V, dtype=q.dtype),
+        torch.empty_like(w, dtype=torch.float8_e5m2) if keep and w.dtype != torch.float32 else fresh(0),
         _empty_inverse(q, chunks),
         fresh(chunks, G, CHUNK, m),
         fresh(chunks, G, CHUNK, m),
@@ -900,7 +914,7 @@ def _(q, k, e, w, log_decay, state, bounds, keep):
 @torch.library.custom_op("llm_mlp::perceive_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, e: Tensor, w: Tensor, log_decay: Tensor, y: Tensor, residual: Tensor, before: Tensor,
-    inverse: Tensor, down: Tensor, up: Tensor, edge: Tensor, sums: Tensor, wild: Tensor, hop: Tensor,
+    rest: Tensor, inverse: Tensor, down: Tensor, up: Tensor, edge: Tensor, sums: Tensor, wild: Tensor, hop: Tensor,
     dy: Tensor, dafter: Tensor, dresidual: Tensor | None, bounds: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, e, w, log_decay and state."""
@@ -914,8 +928,8 @@ def _backward(
     def scan_back(dafter: Tensor, dbefore: Tensor, ends: bool) -> None:
         for is_wild in (False, True):
             _scan_back[call.sequences("_scan_back")](
-                q, k, e, w, y, dy, log_decay, dafter, residual, slopes, before, inverse, down, up, edge, sums, wild,
-                layout.bounds, layout.first, dw, dg, dafters, dbefore, G,
+                q, k, e, w, y, rest, dy, log_decay, dafter, residual, slopes, before, inverse, down, up, edge, sums,
+                wild, layout.bounds, layout.first, dw, dg, dafters, dbefore, G,
                 **call.constants("_scan_back", RESIDUAL=dresidual is not None, ENDS=ends, WILD=is_wild),
             )  # fmt: skip
 
@@ -938,7 +952,8 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    q, k, e, w, log_decay, y, residual, before, inverse, down, up, edge, sums, wild, hop, dy, dafter, dresidual, bounds
+    q, k, e, w, log_decay, y, residual, before, rest, inverse, down, up, edge, sums, wild, hop, dy, dafter, dresidual,
+    bounds,
 ):  # fmt: skip
     return tuple(torch.empty_like(x) for x in (q, k, e, w, log_decay, dafter))
 
