@@ -155,7 +155,7 @@ def main() -> None:
         outputs = {"V": args.value_width, "READ": True, "GATE": True}
         for kernel, constants in (
             (heads._inputs, inputs),
-            (heads._inputs_back, {**inputs, "STEPS": heads.STEPS, "PRECISION": precision}),
+            (heads._inputs_back, {**inputs, "STEPS": heads.STEPS, "TAPS": 4, "PRECISION": precision}),
             (heads._outputs, outputs),
             (heads._outputs_back, outputs),
             (cross_entropy._loss, {"CAP": True, "GRADIENT": True}),

@@ -123,7 +123,7 @@ def _inputs_back(
     dx_ptr, dhead_ptr, dwrite_ptr, derase_ptr, part_ptr,
     P, stride, G, C, width, top, eps,
     R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, STEPS: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
-    ERASE: tl.constexpr, UNITS: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
+    ERASE: tl.constexpr, UNITS: tl.constexpr, CARRIED: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``part_ptr [programs, C, K + 2]``: sums over a program's tokens of the gradients of taps, slope and gain."""
     BACK: tl.constexpr = K - 1 if K > 0 else 0
@@ -135,6 +135,8 @@ def _inputs_back(
     kind = dx_ptr.dtype.element_ty
     part = part_ptr + (tl.program_id(0).to(tl.int64) * C + c) * (K + 2)
     dslope, dgain = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    tap_of = tl.arange(0, TAPS)
+    dtaps = tl.zeros((TAPS, R), tl.float32)
     for step in range(STEPS):
         begin = (tl.program_id(0) * STEPS + step).to(tl.int64) * OWN
         there = begin + i < P
@@ -156,7 +158,7 @@ def _inputs_back(
             r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
             z = a * r[:, None]
             dz = tl.load((dk_ptr if key else dq_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
-            if ERASE:  # noqa: SIM102 (a compile-time condition)
+            if ERASE:
                 if key:
                     gate = begin * G + block - G + i * G
                     g = _sigmoid(tl.load(erase_ptr + gate, mask=there, other=0.0).to(tl.float32))
@@ -205,12 +207,10 @@ def _inputs_back(
                 else:  # of the token j later, if it is of the same sequence
                     moved = (i[None, :] == i[:, None] + j) & (since >= j)[None, :]
                     dx += product(narrow(tl.where(moved, 1.0, 0.0), kind), rounded, PRECISION) * tap[None, :]
-                x = _before(x_ptr, tail_ptr, i, c, since, sequence, mine, j, stride, C, K, CARRIED)
-                total = tl.sum(dy * x, 0)
-                if step > 0:
-                    total += tl.load(part + (K - 1 - j), mask=known, other=0.0)
-                tl.store(part + (K - 1 - j), total, mask=known)
+                x = _before(rows_ptr, tail_ptr, i, c, since, sequence, mine, j, stride, C, K, CARRIED)
+                dtaps += tl.where((tap_of == K - 1 - j)[:, None], tl.sum(dy * x, 0)[None, :], 0.0)
         tl.store(dx_ptr + begin * C + (i[:, None] * C + c[None, :]), narrow(dx, kind), mask=mine)
+    tl.store(part[None, :] + tap_of[:, None], dtaps, mask=(tap_of < K)[:, None] & known[None, :])
     tl.store(part + K, dslope, mask=known)
     tl.store(part + K + 1, dgain, mask=known)
 
@@ -363,7 +363,7 @@ def _backward(
         _inputs_back[(programs, triton.cdiv(C, R))](
             x, tail, conv, slope, write, erase, gain, since, sequence,
             *(aligned(d) for d in (dq, dk, de, dw, dread, dkey)), dx, dhead, dwrite, derase, part,
-            P, x.stride(0), G, C, width, top, eps, R=R, STEPS=STEPS,
+            P, x.stride(0), G, C, width, top, eps, R=R, STEPS=STEPS, TAPS=triton.next_power_of_2(max(K, 1)),
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **constants, **launch,
         )  # fmt: skip
     sums = part.sum(0)
