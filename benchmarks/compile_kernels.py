@@ -52,6 +52,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
         elif name in INTEGERS:
             wide = name == "start_ptr" and "slot_ptr" in kernel.arg_names
             kinds[name] = "*i64" if wide else "*i32"
+        elif name in ("e_ptr", "de_ptr") and constants.get("SCALAR"):
+            kinds[name] = "*fp32"
         elif name == "target_ptr":
             kinds[name] = "*i64"
         elif name == "rest_ptr":
@@ -107,13 +109,14 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--warps", default="4,8")
     parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--erase", choices=("scalar", "vector"), default="scalar")
     parser.add_argument("--dtype", choices=tuple(TYPES), default="bfloat16", help="of the inputs")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     precision = "ieee" if dtype == torch.float32 else "tf32"
     launch = perceive.candidates(args.features)[0]
     tile = perceive.tiles(args.features, args.heads, args.value_width, dtype, launch)
-    more = {"PRECISION": precision, "FLOOR": perceive.RESET}
+    more = {"PRECISION": precision, "FLOOR": perceive.RESET, "SCALAR": args.erase == "scalar"}
     rows = {"R": args.features, "BW": args.heads * args.value_width, "CARRIED": False}
     for warps in map(int, args.warps.split(",")):
         for kernel, constants in (
@@ -150,7 +153,7 @@ def main() -> None:
                 args.stages,
                 args.capability,
             )
-        inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "ERASE": True, "UNITS": True}
+        inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "UNITS": True}
         inputs |= {"CARRIED": False}
         outputs = {"V": args.value_width, "READ": True, "GATE": True}
         for kernel, constants in (

@@ -360,6 +360,7 @@ def bench_op(
     block: Annotated[int, typer.Option(min=1, help="memorise: tokens of a block.")] = 256,
     slots: Annotated[int, typer.Option(min=0, help="memorise: slots.")] = 64,
     activation: Annotated[str, typer.Option(help="memorise: relu2 or softmax.")] = "relu2",
+    erase: Annotated[str, typer.Option(help="perceive: scalar (one number a group) or vector.")] = "scalar",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     implementations: Annotated[
         str, typer.Option(help="triton, chunked, sdpa-cudnn, sdpa-flash, fla ...; empty: all that can run.")
@@ -379,7 +380,7 @@ def bench_op(
         op,
         _numbers(lengths),
         tokens,
-        {**sizes, "activation": activation},
+        {**sizes, "activation": activation, "erase": erase},
         dtype,
         names,
         repeats,

@@ -42,6 +42,7 @@ class Shape:
     block: int
     slots: int
     activation: str
+    erase: str = "scalar"  # perceive: e is beta k, beta [B, T, G]; or "vector": e [B, T, G, F]
 
     @property
     def values(self) -> int:
@@ -69,7 +70,8 @@ def work(op: str, s: Shape, size: int, backward: bool) -> Work:
             "perceive", replace(s, groups=_peer_heads(s), features=128, heads=1, value_width=128), size, backward
         )
     if op == "perceive":
-        inputs, outputs = G * ((3 * Fe + mV) * size + 4 * m), G * (mV * size + 4 * m)
+        e = 4 if s.erase == "scalar" else Fe * size
+        inputs, outputs = G * ((2 * Fe + mV) * size + e + 4 * m), G * (mV * size + 4 * m)
         flops = G * (4 * CHUNK * Fe + 6 * Fe * mV + 4 * CHUNK * mV)
         more = 3.0
     elif op == "memorise":
@@ -92,14 +94,15 @@ def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def perceive_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """q, k of unit length, e = beta k with beta below 1.98, w, decays of half-lives from 8 to 4,096 tokens."""
+    """q, k of unit length, beta below 1.98 (or e = beta k), w, decays of half-lives from 8 to 4,096 tokens."""
     B, T, G, m = s.batch, s.length, s.groups, s.heads
     q, k = (F.normalize(_normal(B, T, G, s.features, dtype=torch.float32, device=device), dim=-1) for _ in range(2))
-    e = k * 1.98 * torch.rand((B, T, G, 1), device=device)
+    beta = 1.98 * torch.rand((B, T, G), device=device)
+    e = beta if s.erase == "scalar" else (k * beta[..., None]).to(dtype)
     w = _normal(B, T, G, m, s.value_width, dtype=dtype, device=device)
     half = torch.logspace(3, 12, m, base=2, device=device)
     decay = -torch.rand((B, T, G, m), device=device) / half
-    return [q.to(dtype), k.to(dtype), e.to(dtype), w, decay]
+    return [q.to(dtype), k.to(dtype), e, w, decay]
 
 
 def memorise_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -227,6 +230,8 @@ def bench_ops(
     kinds = {"fp32": torch.float32, **DTYPES}
     if dtype not in kinds:
         raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(kinds)}")
+    if sizes.get("erase", "scalar") not in ("scalar", "vector"):
+        raise ConfigError(f"--erase {sizes['erase']!r}: expected scalar or vector")
     on = setup(device, threads)
     names = names or default_implementations(op, on)
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:

@@ -15,7 +15,7 @@ from llm_mlp.config import ModelConfig
 from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, units_init
 from llm_mlp.ops.conv import causal_conv, causal_conv_step
-from llm_mlp.ops.heads import HeadInputs, head_inputs, head_outputs, prepare, scalar_erase, unit
+from llm_mlp.ops.heads import HeadInputs, head_inputs, head_outputs, prepare, unit
 from llm_mlp.ops.perceive.chunked import CHUNK
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
@@ -127,7 +127,6 @@ class PerceptionMixer(Mixer):
             logits.get("write"),
             self.units_gain if self.block else None,
             self._first,
-            lambda k: self._erase(k, logits.get("erase")),
             groups=self.groups,
             heads=(self.heads_per_group, self.value_width),
             eps=self.eps,
@@ -141,14 +140,18 @@ class PerceptionMixer(Mixer):
         return unit(z)
 
     def _erase(self, k: Tensor, logits: Tensor | None) -> Tensor:
-        if logits is not None and self.erase == "free":
-            return k * (self.erase_max * torch.sigmoid(logits)).view_as(k).to(k.dtype)
-        e = scalar_erase(k, logits, self.erase_max)
+        """e of the ops: one number a group where the erase vector is that times k."""
+        if logits is None:
+            return k.new_zeros(k.shape[:-1])
+        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        beta = self.erase_max * torch.sigmoid(logits.to(wide))
+        if self.erase == "free":
+            return k * beta.view_as(k).to(k.dtype)
         if self.erase_diagonal is not None:
             # Largest entry 1: then beta k^T (d k) <= beta <= 1.98, contractive in the norm weighted by d.
             d = torch.exp(self.erase_diagonal - self.erase_diagonal.amax(-1, keepdim=True))
-            e = e * d.to(k.dtype)
-        return e
+            return k * beta[..., None].to(k.dtype) * d.to(k.dtype)
+        return beta
 
     def _output(
         self, y: Tensor, units: Tensor | None, w: Tensor, residual: Tensor, logits: dict[str, Tensor]
@@ -175,18 +178,16 @@ class PerceptionMixer(Mixer):
         # Two products, so that the gradient of the first need not be copied beside that of the second.
         channels, weight = self.in_split[0], self.in_proj.weight
         qkv, logits = linear(x, weight[:channels]), self._logits(x, self._low(linear(x, weight[channels:])))
-        if self.first_layer is None and self.erase in ("scalar", "none"):
+        if self.first_layer is None:
             i, tail = head_inputs(
                 qkv,
                 self.conv,
                 self.slope,
                 logits.get("write"),
-                logits.get("erase"),
                 self.units_gain if self.block else None,
                 before.get("conv"),
                 groups=self.groups,
                 heads=(self.heads_per_group, self.value_width),
-                erase_max=self.erase_max,
                 eps=self.eps,
                 cu_seqlens=cu_seqlens,
             )
@@ -200,7 +201,7 @@ class PerceptionMixer(Mixer):
         y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
             i.q,
             i.k,
-            i.e,
+            self._erase(i.k, logits.get("erase")),
             i.w,
             logits["log_decay"],
             before.get("fast_weights"),
@@ -235,7 +236,7 @@ class PerceptionMixer(Mixer):
         y, residual = perceive_step(
             i.q,
             i.k,
-            i.e,
+            self._erase(i.k, logits.get("erase")),
             i.w,
             logits["log_decay"],
             state["fast_weights"],

@@ -269,7 +269,9 @@ def both_ways(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) ->
     return [o.detach() for o in outputs] + [g for g in grads if g is not None]
 
 
-def _perceive_cases(F: int, m: int, V: int, dtype: torch.dtype, device: str) -> list[tuple[Callable, list[Tensor]]]:
+def _perceive_cases(
+    F: int, m: int, V: int, scalar: bool, dtype: torch.dtype, device: str
+) -> list[tuple[Callable, list[Tensor]]]:
     from llm_mlp.ops.perceive import kernels, perceive
 
     B, T, G = 2, 200, 2
@@ -279,7 +281,8 @@ def _perceive_cases(F: int, m: int, V: int, dtype: torch.dtype, device: str) -> 
         return torch.randn(shape, generator=generator)
 
     q, k = (torch.nn.functional.normalize(normal(B, T, G, F), dim=-1).to(dtype) for _ in range(2))
-    e = (k.float() * 1.9 * torch.rand((B, T, G, 1), generator=generator)).to(dtype)
+    beta = 1.9 * torch.rand((B, T, G), generator=generator)
+    e = beta if scalar else (k.float() * beta[..., None]).to(dtype)
     w, state = normal(B, T, G, m, V).to(dtype), normal(B, G, F, m, V)
     mild = -torch.rand((B, T, G, m), generator=generator) / 8
     wild = torch.where(torch.rand((B, T, G, m), generator=generator) < 0.02, -torch.inf, mild * 40)
@@ -357,17 +360,17 @@ def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[tuple[
         return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
 
     def run(backend: str) -> Callable:
-        def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, erase: Tensor, gain: Tensor, *tail: Tensor):
+        def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, gain: Tensor, *tail: Tensor):
             found, new = head_inputs(
-                x, conv, slope, write, erase, gain, *tail,
-                groups=G, heads=(m, V), erase_max=1.98, eps=1e-6, backend=backend,
+                x, conv, slope, write, gain, *tail,
+                groups=G, heads=(m, V), eps=1e-6, backend=backend,
             )  # fmt: skip
             return [y for y in (*found, new) if y is not None]
 
         return call
 
     inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
-    inputs += [normal(B, T, width).to(dtype), normal(B, T, G).to(dtype), 1 + normal(2, R) / 4]
+    inputs += [normal(B, T, width).to(dtype), 1 + normal(2, R) / 4]
     return [(run, inputs), (run, [*inputs, normal(B, K - 1, C).to(dtype)])]
 
 

@@ -121,9 +121,19 @@ PACKINGS = [
 
 
 def perceive_inputs(
-    B: int, T: int, G: int, F: int, m: int, V: int, *, decay: str = "mild", seed: int = 0, dtype=torch.float64
+    B: int,
+    T: int,
+    G: int,
+    F: int,
+    m: int,
+    V: int,
+    *,
+    decay: str = "mild",
+    seed: int = 0,
+    dtype=torch.float64,
+    scalar: bool = False,
 ) -> list[Tensor]:
-    """q, k (unit length), e (its own share of k for every feature and token), w, log_decay."""
+    """q, k (unit length), e (its own share of k for every feature and token, or one number a group), w, log_decay."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -146,7 +156,10 @@ def perceive_inputs(
         log_decay[(chance > 0.1) & (chance < 0.2)] = -20
     if decay in ("thousand", "mixed"):
         log_decay[(chance > 0.3) & (chance < 0.35)] = -1000
-    return [x.to(dtype) for x in (q, k, e, w)] + [
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if scalar:
+        e = 1.9 * uniform(B, T, G)
+    return [q.to(dtype), k.to(dtype), e.to(wide if scalar else dtype), w.to(dtype)] + [
         log_decay.to(torch.float64 if dtype == torch.float64 else torch.float32)
     ]
 

@@ -19,8 +19,8 @@ CASES = {
     "packed": (1, 150, 2, 16, 1, 16, 4, [0, 0, 1, 3, 70, 70, 150], False, ()),
     "packed-carried": (1, 150, 1, 16, 1, 16, 4, [0, 0, 1, 3, 70, 70, 150], True, ()),
     "carried": (3, 2, 1, 16, 2, 16, 4, None, True, ()),
-    "bare": (2, 40, 2, 16, 2, 16, 0, None, False, ("slope", "write", "erase", "gain")),
-    "no-erase": (1, 40, 1, 16, 2, 16, 4, None, False, ("erase",)),
+    "bare": (2, 40, 2, 16, 2, 16, 0, None, False, ("slope", "write", "gain")),
+    "no-units": (1, 40, 1, 16, 2, 16, 4, None, False, ("gain",)),
 }
 
 
@@ -38,7 +38,6 @@ def inputs_of(case, seed, dtype):
         "conv": normal(C, K) / 2 if K else None,
         "slope": 1 + normal(C) / 4,
         "write": normal(B, T, G * m * V).to(dtype),
-        "erase": normal(B, T, G).to(dtype),
         "gain": 1 + normal(2, R) / 4,
         "tail": normal(N, max(K - 1, 0), C).to(dtype) if carried else None,
     }
@@ -46,7 +45,7 @@ def inputs_of(case, seed, dtype):
         if tensors[name] is not None:
             tensors[name] = tensors[name].float()
     tensors.update(dict.fromkeys(off))
-    fixed = {"groups": G, "heads": (m, V), "erase_max": 1.98, "eps": 1e-6}
+    fixed = {"groups": G, "heads": (m, V), "eps": 1e-6}
     return tensors, fixed | {"cu_seqlens": None if cu is None else torch.tensor(cu)}
 
 
@@ -71,7 +70,7 @@ def earn(case, dtype, seeds):
         of = {b: run_inputs(tensors, fixed, b)[0] for b in ("chunked", "triton")}
         given = run_inputs(tensors, fixed, "chunked")[1]
         if earned is None:
-            outputs = "q k e w" + (" units_q units_k" if tensors["gain"] is not None else "")
+            outputs = "q k w" + (" units_q units_k" if tensors["gain"] is not None else "")
             outputs += " tail" if tensors["conv"] is not None else ""
             there = [f"d{name}" for name, x in tensors.items() if x is not None]
             earned = Earned(f"{outputs} {' '.join(there)}")
@@ -121,9 +120,9 @@ def test_outputs(read, gated, dtype, poisoned):
 def test_bad_shapes_are_named():
     tensors, fixed = inputs_of("plain", 0, torch.float32)
     with pytest.raises(ValueError, match="95 channels, which are not q and k of 2 groups"):
-        head_inputs(tensors["x"][..., :-1], None, None, None, None, None, **fixed)
+        head_inputs(tensors["x"][..., :-1], None, None, None, None, **fixed)
     with pytest.raises(ValueError, match=r"head_inputs: write has shape"):
-        head_inputs(tensors["x"], None, None, tensors["write"][..., 1:], None, None, **fixed)
+        head_inputs(tensors["x"], None, None, tensors["write"][..., 1:], None, **fixed)
     y = torch.zeros(1, 3, 1, 2, 8)
     with pytest.raises(ValueError, match=r"head_outputs: gate has shape"):
         head_outputs(y, None, None, torch.zeros(1, 3, 8), eps=1e-6)

@@ -40,12 +40,12 @@ def run_perceive(cu: list[int] | None) -> Callable[[str], Run]:
     return of
 
 
-def earn_perceive(shape: str, decay: str, dtype: torch.dtype, seeds: int) -> None:
+def earn_perceive(shape: str, decay: str, dtype: torch.dtype, seeds: int, scalar: bool = False) -> None:
     B, T, G, F, m, V, cu = SHAPES[shape]
     N = B if cu is None else len(cu) - 1
     earned = Earned("y state residual dq dk de dw dlog_decay dstate")
     for seed in range(seeds):
-        inputs = perceive_inputs(B, T, G, F, m, V, decay=decay, dtype=dtype, seed=seed)
+        inputs = perceive_inputs(B, T, G, F, m, V, decay=decay, dtype=dtype, seed=seed, scalar=scalar)
         inputs[4] = inputs[4].float()
         earned.add(run_perceive(cu), [*inputs, perceive_state(N, G, F, m, V, seed=seed, dtype=torch.float32)])
     earned.check()
@@ -57,18 +57,25 @@ def test_perceive(shape, dtype, poisoned):
     earn_perceive(shape, "mild", dtype, seeds=8 if shape == "one-token" else 2)
 
 
+@pytest.mark.parametrize("decay", ["mild", "mixed"])
+@pytest.mark.parametrize("shape", ["packed", "features"])
+def test_perceive_with_one_erase_a_group(shape, decay, poisoned):
+    earn_perceive(shape, decay, torch.bfloat16, seeds=2, scalar=True)
+
+
 @pytest.mark.parametrize("decay", ["none", "resets", "twenty", "thousand", "mixed"])
 def test_perceive_decays(decay, poisoned):
     earn_perceive("plain", decay, torch.float32, seeds=2)
 
 
+@pytest.mark.parametrize("scalar", [True, False], ids=["scalar", "vector"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_transition(dtype):
+def test_transition(dtype, scalar):
     def run(k, e, decay, backend):
         with torch.no_grad():
             return perceive_transition(k, e, decay, backend=backend)
 
-    _, k, e, _, decay = perceive_inputs(2, 200, 2, 32, 2, 16, dtype=dtype)
+    _, k, e, _, decay = perceive_inputs(2, 200, 2, 32, 2, 16, dtype=dtype, scalar=scalar)
     truth = run(k.double(), e.double(), decay.double(), "chunked")[0]
     yard, got = (run(*(x.to(DEVICE) for x in (k, e, decay)), backend)[0] for backend in ("chunked", "triton"))
     mine, other = ((x.double().cpu() - truth).square().mean().sqrt() for x in (got, yard))
@@ -98,7 +105,7 @@ def short_spans(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_perceive_in_spans(dtype, cu, decay, poisoned, short_spans):
     SHAPES["spans"] = (2 if cu is None else 1, 300, 1, 32, 2, 16, cu)
-    earn_perceive("spans", decay, dtype, seeds=1)
+    earn_perceive("spans", decay, dtype, seeds=1, scalar=cu is None)
 
 
 def test_what_is_cut_into_spans():
@@ -112,22 +119,24 @@ def test_what_is_cut_into_spans():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scalar", [True, False], ids=["scalar", "vector"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_perceive_over_seeds(shape, dtype, poisoned):
+def test_perceive_over_seeds(shape, dtype, scalar, poisoned):
     """So many seeds that every tensor has over 1,000 numbers, the small ones from 32."""
-    earn_perceive(shape, "mixed", dtype, seeds={"plain": 8, "features": 12, "packed": 12}.get(shape, 32))
+    seeds = {"plain": 8, "features": 12, "packed": 12}.get(shape, 32)
+    earn_perceive(shape, "mixed", dtype, seeds=seeds // 2 if scalar else seeds, scalar=scalar)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("features", "heads", "width"), [(512, 8, 16), (256, 4, 32), (128, 4, 32), (64, 2, 128), (128, 16, 16)]
 )
-@pytest.mark.parametrize("decay", ["mild", "mixed"])
-def test_perceive_sizes(features, heads, width, decay, poisoned):
+@pytest.mark.parametrize(("decay", "scalar"), [("mild", False), ("mixed", False), ("mild", True)])
+def test_perceive_sizes(features, heads, width, decay, scalar, poisoned):
     """Sizes of presets and of their switches: a group in one part and in several."""
     SHAPES["size"] = (1, 150, 2, features, heads, width, None)
-    earn_perceive("size", decay, torch.bfloat16, seeds=1)
+    earn_perceive("size", decay, torch.bfloat16, seeds=1, scalar=scalar)
 
 
 @pytest.mark.parametrize("keys", ["equal", "alternating", "orthogonal"])

@@ -374,3 +374,19 @@ def test_compiles():
     got, got_grads = with_gradients(compiled, inputs)
     for a, b in zip([*got, *got_grads], [*outputs, *grads], strict=True):
         close(a, b, 1e-4 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_one_erase_a_group_is_that_times_k(backend):
+    inputs = perceive_inputs(2, 70, 2, 8, 3, 4, decay="mixed", scalar=True)
+    vector = [*inputs[:2], inputs[1] * inputs[2][..., None], *inputs[3:]]
+    all_close(full(*inputs, None, backend=backend), full(*vector, None, backend=backend), 0)
+    grads = [
+        torch.autograd.grad(perceive(*x, backend=backend)[0].sum(), x[:1])
+        for x in ([y.clone().requires_grad_() for y in given] for given in (inputs, vector))
+    ]
+    all_close(*grads, 0)
+    with pytest.raises(ValueError, match="perceive: e has shape"):
+        perceive(*inputs[:2], inputs[2][:, :, :1], *inputs[3:])
+    P, log_a = perceive_transition(inputs[1], inputs[2], inputs[4])
+    all_close((P, log_a), perceive_transition(inputs[1], vector[2], inputs[4]), 0)

@@ -1,6 +1,6 @@
 """What stands between a layer's projections and its ops, in one pass over memory each: `head_inputs`, `head_outputs`.
 
-Before the ops: the short convolution, its activation, the norms of q and k, the gates on what is written and erased.
+Before the ops: the short convolution, its activation, the norms of q and k, the gate on what is written.
 After them: adding what the memorised units say, the norm of each head, the output gate. The kernels read every tensor
 once and write it once, and keep nothing in between: their backward passes compute it again.
 """
@@ -24,7 +24,6 @@ class HeadInputs(NamedTuple):
 
     q: Tensor
     k: Tensor
-    e: Tensor
     w: Tensor
     units_q: Tensor | None  # [..., G, R]; None without memorised units
     units_k: Tensor | None
@@ -52,14 +51,13 @@ def prepare(
     write: Tensor | None,
     gain: Tensor | None,
     first: Callable[[Tensor], Tensor],
-    erase: Callable[[Tensor], Tensor],
     *,
     groups: int,
     heads: tuple[int, int],
     eps: float,
 ) -> HeadInputs:
     """From the convolved q, k and v ``[..., C]`` to the ops' inputs; ``first``: the heads' first layer ``[..., R]`` to
-    ``[..., F]``; ``erase``: e of k. The rest as `head_inputs`."""
+    ``[..., F]``. The rest as `head_inputs`."""
     values = groups * heads[0] * heads[1]
     qk, v = activate(x, slope).split((x.shape[-1] - values, values), -1)
     # q and k are treated alike: as one.
@@ -70,14 +68,7 @@ def prepare(
     units_q = units_k = None
     if gain is not None:
         units_q, units_k = (rms_norm(qk, eps) * gain[:, None].to(qk.dtype)).unbind(-3)
-    return HeadInputs(q, k, erase(k), w, units_q, units_k)
-
-
-def scalar_erase(k: Tensor, logits: Tensor | None, largest: float) -> Tensor:
-    """``largest sigmoid(logits) k``, one logit a group ``[..., G]``; zeros without logits."""
-    if logits is None:
-        return torch.zeros_like(k)
-    return k * (largest * torch.sigmoid(logits))[..., None].to(k.dtype)
+    return HeadInputs(q, k, w, units_q, units_k)
 
 
 def head_inputs(
@@ -85,26 +76,24 @@ def head_inputs(
     conv: Tensor | None,
     slope: Tensor | None,
     write: Tensor | None,
-    erase: Tensor | None,
     gain: Tensor | None,
     tail: Tensor | None = None,
     *,
     groups: int,
     heads: tuple[int, int],
-    erase_max: float,
     eps: float,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[HeadInputs, Tensor | None]:
-    """The ops' inputs of a layer of narrow heads (F = R), and the tail of its convolution.
+    """The ops' inputs of a layer of narrow heads (F = R; e aside), and the tail of its convolution.
 
     Args:
         x: q and k of G groups and the values ``[B, T, C]``, C = 2 G R + G m V; may be a slice of a wider tensor.
         conv: taps of the causal convolution ``[C, K]``; None: there is none. slope: of the activation ``[C]``.
-        write: logits of the gate on what is written ``[B, T, G m V]``. erase: of beta ``[B, T, G]``; None: e = 0.
+        write: logits of the gate on what is written ``[B, T, G m V]``; None: no gate.
         gain: of the memorised units' reads and keys ``[2, R]``; None: there are none.
         tail: the K - 1 inputs before the first ``[N, K-1, C]``; None is zeros.
-        groups: G. heads: (m, V). erase_max: beta is this times a sigmoid. eps: of the units' norm.
+        groups: G. heads: (m, V). eps: of the units' norm.
         cu_seqlens: as `perceive`. backend: ``auto | chunked | triton`` (chunked: plain torch).
 
     Returns:
@@ -127,7 +116,6 @@ def head_inputs(
         ("conv", conv, (C, K)),
         ("slope", slope, (C,)),
         ("write", write, (B, T, groups * m * V)),
-        ("erase", erase, (B, T, groups)),
         ("gain", gain, (2, R)),
         ("tail", tail, (N, max(K - 1, 0), C)),
     ):
@@ -138,16 +126,15 @@ def head_inputs(
         new = None
         if conv is not None:
             x, new = causal_conv(x, conv, tail, cu_seqlens=cu_seqlens)
-        first, own = unit, lambda k: scalar_erase(k, erase, erase_max)
-        return prepare(x, slope, write, gain, first, own, groups=groups, heads=heads, eps=eps), new
+        return prepare(x, slope, write, gain, unit, groups=groups, heads=heads, eps=eps), new
     from llm_mlp.ops.heads import kernels  # triton is optional
 
-    q, k, e, w, units_q, units_k = kernels.inputs(
-        x, conv, slope, write, erase, gain, None if conv is None else tail, bounds,
-        groups=groups, read_width=R, heads=heads, erase_max=erase_max, eps=eps,
+    q, k, w, units_q, units_k = kernels.inputs(
+        x, conv, slope, write, gain, None if conv is None else tail, bounds,
+        groups=groups, read_width=R, heads=heads, eps=eps,
     )  # fmt: skip
     new = None if conv is None else last_inputs(x, tail, K - 1, bounds)
-    return HeadInputs(q, k, e, w, *((None, None) if gain is None else (units_q, units_k))), new
+    return HeadInputs(q, k, w, *((None, None) if gain is None else (units_q, units_k))), new
 
 
 def head_outputs(

@@ -70,10 +70,10 @@ def _activated(
 
 @triton.jit(do_not_specialize=["P"])
 def _inputs(
-    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, erase_ptr, gain_ptr, since_ptr, sequence_ptr,
-    q_ptr, k_ptr, e_ptr, w_ptr, read_ptr, key_ptr,
-    P, stride, G, C, width, top, eps,
-    R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, ERASE: tl.constexpr,
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, since_ptr, sequence_ptr,
+    q_ptr, k_ptr, w_ptr, read_ptr, key_ptr,
+    P, stride, G, C, width, eps,
+    R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
     UNITS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
@@ -97,13 +97,6 @@ def _inputs(
         squares = tl.sum(a * a, 1)
         z = narrow(a / tl.maximum(tl.sqrt(squares), TINY)[:, None], q_ptr.dtype.element_ty)
         tl.store((k_ptr if key else q_ptr) + base + at, z, mask=inside)
-        if key:
-            beta = tl.zeros((BT,), tl.float32)
-            if ERASE:
-                beta = top * _sigmoid(
-                    tl.load(erase_ptr + begin * G + block - G + i * G, mask=there, other=0.0).to(tl.float32)
-                )
-            tl.store(e_ptr + base + at, narrow(z.to(tl.float32) * beta[:, None], q_ptr.dtype.element_ty), mask=inside)
         if UNITS:
             gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
             unit = a * tl.rsqrt(squares / R + eps)[:, None] * gain[None, :]
@@ -118,12 +111,12 @@ def _inputs(
 
 @triton.jit(do_not_specialize=["P"])
 def _inputs_back(
-    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, erase_ptr, gain_ptr, since_ptr, sequence_ptr,
-    dq_ptr, dk_ptr, de_ptr, dw_ptr, dread_ptr, dkey_ptr,
-    dx_ptr, dhead_ptr, dwrite_ptr, derase_ptr, part_ptr,
-    P, stride, G, C, width, top, eps,
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, since_ptr, sequence_ptr,
+    dq_ptr, dk_ptr, dw_ptr, dread_ptr, dkey_ptr,
+    dx_ptr, dhead_ptr, dwrite_ptr, part_ptr,
+    P, stride, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, STEPS: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
-    ERASE: tl.constexpr, UNITS: tl.constexpr, CARRIED: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, CARRIED: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``part_ptr [programs, C, K + 2]``: sums over a program's tokens of the gradients of taps, slope and gain."""
     BACK: tl.constexpr = K - 1 if K > 0 else 0
@@ -158,17 +151,6 @@ def _inputs_back(
             r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
             z = a * r[:, None]
             dz = tl.load((dk_ptr if key else dq_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
-            if ERASE:
-                if key:
-                    gate = begin * G + block - G + i * G
-                    g = _sigmoid(tl.load(erase_ptr + gate, mask=there, other=0.0).to(tl.float32))
-                    de = tl.load(de_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(
-                        derase_ptr + gate,
-                        narrow(tl.sum(de * z, 1) * top * g * (1.0 - g), derase_ptr.dtype.element_ty),
-                        mask=own,
-                    )
-                    dz += de * (top * g)[:, None]
             da = (dz - z * tl.sum(dz * z, 1)[:, None]) * r[:, None]
             if UNITS:
                 gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
@@ -289,12 +271,11 @@ def _places(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     return since.to(device), sequence.to(device)
 
 
-def _constants(conv: Tensor | None, slope, write, erase, gain, tail) -> dict[str, Any]:
+def _constants(conv: Tensor | None, slope, write, gain, tail) -> dict[str, Any]:
     return {
         "K": 0 if conv is None else conv.shape[1],
         "SLOPE": slope is not None,
         "WRITE": write is not None,
-        "ERASE": erase is not None,
         "UNITS": gain is not None,
         "CARRIED": tail is not None,
     }
@@ -305,65 +286,65 @@ def _like(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if y is None else torch.empty_like(y) for y in others)
 
 
-_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _fresh_inputs(x: Tensor, gain: Tensor | None, G: int, R: int, heads: list[int]) -> _Six:
+def _fresh_inputs(x: Tensor, gain: Tensor | None, G: int, R: int, heads: list[int]) -> _Five:
     P = x.shape[0]
-    q, k, e = (x.new_empty((P, G, R)) for _ in range(3))
+    q, k = x.new_empty((P, G, R)), x.new_empty((P, G, R))
     read, key = (x.new_empty((P if gain is not None else 0, G, R)) for _ in range(2))
-    return q, k, e, x.new_empty((P, G, *heads)), read, key
+    return q, k, x.new_empty((P, G, *heads)), read, key
 
 
 @torch.library.custom_op("llm_mlp::head_inputs", mutates_args=())
 def _forward(
-    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, erase: Tensor | None,
-    gain: Tensor | None, tail: Tensor | None, bounds: list[int], G: int, R: int, heads: list[int], top: float,
+    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None,
+    gain: Tensor | None, tail: Tensor | None, bounds: list[int], G: int, R: int, heads: list[int],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, e ``[P, G, R]``, w ``[P, G, m, V]`` and the units' reads and keys ``[P, G, R]`` (empty without a gain)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k ``[P, G, R]``, w ``[P, G, m, V]`` and the units' reads and keys ``[P, G, R]`` (empty without a gain)."""
     out = _fresh_inputs(x, gain, G, R, heads)
-    (P, C), width = x.shape, out[3][0].numel()
+    (P, C), width = x.shape, out[2][0].numel()
     way = plan("heads", sizes_of(R, heads[1], x.dtype))
     launch = way.of(candidates())["_inputs"]
     since, sequence = _places(tuple(bounds), x.device)
     with way.compiling():
         _inputs[(triton.cdiv(P, launch["BT"]), triton.cdiv(C, R))](
-            x, tail, conv, slope, write, erase, gain, since, sequence, *out, P, x.stride(0), G, C, width, top, eps,
-            R=R, **_constants(conv, slope, write, erase, gain, tail), **launch,
+            x, tail, conv, slope, write, gain, since, sequence, *out, P, x.stride(0), G, C, width, eps,
+            R=R, **_constants(conv, slope, write, gain, tail), **launch,
         )  # fmt: skip
     return out
 
 
 @_forward.register_fake
-def _(x, conv, slope, write, erase, gain, tail, bounds, G, R, heads, top, eps):
+def _(x, conv, slope, write, gain, tail, bounds, G, R, heads, eps):
     return _fresh_inputs(x, gain, G, R, heads)
 
 
 @torch.library.custom_op("llm_mlp::head_inputs_backward", mutates_args=())
 def _backward(
-    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, erase: Tensor | None,
-    gain: Tensor | None, tail: Tensor | None, dq: Tensor, dk: Tensor, de: Tensor, dw: Tensor, dread: Tensor,
-    dkey: Tensor, bounds: list[int], R: int, top: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, conv, slope, write, erase, gain and tail (empty where there is none)."""
+    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None,
+    gain: Tensor | None, tail: Tensor | None, dq: Tensor, dk: Tensor, dw: Tensor, dread: Tensor,
+    dkey: Tensor, bounds: list[int], R: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, conv, slope, write, gain and tail (empty where there is none)."""
     (P, C), G, (m, V) = x.shape, dq.shape[1], dw.shape[2:]
-    constants = _constants(conv, slope, write, erase, gain, tail)
+    constants = _constants(conv, slope, write, gain, tail)
     K, width, N = constants["K"], G * m * V, len(bounds) - 1
     back = max(K - 1, 0)
     way = plan("heads", sizes_of(R, V, x.dtype))
     launch = way.of(candidates())["_inputs_back"]
     programs = triton.cdiv(P, (launch["BT"] - back) * STEPS)
     dx = x.new_empty((P, C))
-    dwrite, derase = _like(x, write, erase)
+    (dwrite,) = _like(x, write)
     dhead = torch.zeros((N if tail is not None else 0, back, C), dtype=torch.float32, device=x.device)
     part = torch.empty((programs, C, K + 2), dtype=torch.float32, device=x.device)
     since, sequence = _places(tuple(bounds), x.device)
     with way.compiling():
         _inputs_back[(programs, triton.cdiv(C, R))](
-            x, tail, conv, slope, write, erase, gain, since, sequence,
-            *(aligned(d) for d in (dq, dk, de, dw, dread, dkey)), dx, dhead, dwrite, derase, part,
-            P, x.stride(0), G, C, width, top, eps, R=R, STEPS=STEPS, TAPS=triton.next_power_of_2(max(K, 1)),
+            x, tail, conv, slope, write, gain, since, sequence,
+            *(aligned(d) for d in (dq, dk, dw, dread, dkey)), dx, dhead, dwrite, part,
+            P, x.stride(0), G, C, width, eps, R=R, STEPS=STEPS, TAPS=triton.next_power_of_2(max(K, 1)),
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **constants, **launch,
         )  # fmt: skip
     sums = part.sum(0)
@@ -380,27 +361,26 @@ def _backward(
         x.new_empty(0) if conv is None else sums[:, :K].to(conv.dtype, copy=True),
         x.new_empty(0) if slope is None else sums[:, K].to(slope.dtype, copy=True),
         dwrite,
-        derase,
         x.new_empty(0) if gain is None else sums[: 2 * G * R, K + 1].view(2, G, R).sum(1).to(gain.dtype),
         dtail,
     )
 
 
 @_backward.register_fake
-def _(x, conv, slope, write, erase, gain, tail, dq, dk, de, dw, dread, dkey, bounds, R, top, eps):
-    return x.new_empty(x.shape), *_like(x, conv, slope, write, erase, gain, tail)
+def _(x, conv, slope, write, gain, tail, dq, dk, dw, dread, dkey, bounds, R, eps):
+    return x.new_empty(x.shape), *_like(x, conv, slope, write, gain, tail)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.bounds, _, ctx.R, _, ctx.top, ctx.eps = inputs
+    *tensors, ctx.bounds, _, ctx.R, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
     ctx.given = [t is not None for t in tensors]
 
 
 def _differentiate(ctx, *gradients):
-    rest = (ctx.bounds, ctx.R, ctx.top, ctx.eps)
+    rest = (ctx.bounds, ctx.R, ctx.eps)
     found = _backward(*ctx.saved_tensors, *gradients, *rest)
-    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), *(None,) * 6
+    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), *(None,) * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -411,7 +391,6 @@ def inputs(
     conv: Tensor | None,
     slope: Tensor | None,
     write: Tensor | None,
-    erase: Tensor | None,
     gain: Tensor | None,
     tail: Tensor | None,
     bounds: list[int] | None,
@@ -419,20 +398,19 @@ def inputs(
     groups: int,
     read_width: int,
     heads: tuple[int, int],
-    erase_max: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the ops take, from the projections of a layer of narrow heads.
 
     Args:
         x: ``[B, T, C]``, q, k ``[G R]`` each and the values; a slice along C of a wider tensor will do.
         conv: taps ``[C, K]``. slope: of the activation ``[C]``. gain: of the units' reads and keys ``[2, R]``.
-        write: logits of the gate on what is written ``[B, T, G m V]``; erase: of beta ``[B, T, G]``.
+        write: logits of the gate on what is written ``[B, T, G m V]``.
         tail: the K - 1 inputs before the first ``[N, K-1, C]``; None is zeros. bounds: ends of packed sequences.
         heads: m and V of a group. eps: of the units' norm.
 
     Returns:
-        q, k, e ``[B, T, G, R]``, w ``[B, T, G, m, V]``, and reads and keys of the units ``[B, T, G, R]`` (``[0, ...]``
+        q, k ``[B, T, G, R]``, w ``[B, T, G, m, V]``, and reads and keys of the units ``[B, T, G, R]`` (``[0, ...]``
         without a gain), in x's dtype.
     """
     B, T, C = x.shape
@@ -445,8 +423,8 @@ def inputs(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     out = _forward(
-        rows, conv, slope, flat(write), flat(erase), gain, None if tail is None else tail.contiguous(), ends,
-        groups, read_width, list(heads), erase_max, eps,
+        rows, conv, slope, flat(write), gain, None if tail is None else tail.contiguous(), ends,
+        groups, read_width, list(heads), eps,
     )  # fmt: skip
     *rows_of, read, key = out
     shaped = [y.unflatten(0, (B, T)) for y in rows_of]

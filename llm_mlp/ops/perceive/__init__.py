@@ -36,7 +36,8 @@ def perceive(
     """Read and write the second layers over T tokens.
 
     Args:
-        q, k, e: read, key and erase vectors ``[B, T, G, F]``.
+        q, k, e: read, key and erase vectors ``[B, T, G, F]``. e may be one number a group, ``[B, T, G]`` in any dtype:
+            then the erase vector is that times k, and no tensor of its size is made.
         w: what is written ``[B, T, G, m, V]``; same dtype as q, k, e.
         log_decay: ``[B, T, G, m]``, at most 0; ``-inf`` forgets everything before the token.
         state: second layers before the first token ``[B, G, F, m, V]``; None is zeros.
@@ -53,10 +54,11 @@ def perceive(
     """
     B, T, G, F = _shape("perceive", q, 4)
     m, V = w.shape[-2:] if w.ndim == 5 else (0, 0)
-    for name, tensor, shape in (("k", k, (B, T, G, F)), ("e", e, (B, T, G, F)), ("w", w, (B, T, G, m, V))):
+    for name, tensor, shape in (("k", k, (B, T, G, F)), ("w", w, (B, T, G, m, V))):
         expect("perceive", name, tensor, shape)
     expect("perceive", "log_decay", log_decay, (B, T, G, m))
-    _same_dtype("perceive", q=q, k=k, e=e, w=w)
+    scalar = _erase("perceive", k, e)
+    _same_dtype("perceive", q=q, k=k, w=w, **({} if scalar else {"e": e}))
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, B, T, "perceive")
     N = B if bounds is None else len(bounds) - 1
     dtype = accumulation_dtype(q, k, e, w, log_decay)
@@ -67,7 +69,8 @@ def perceive(
         state = state.to(dtype) if T else state.to(dtype, copy=True)  # never the caller's own tensor
     check_values("perceive", q=q, k=k, e=e, w=w, state=state, log_decay=log_decay)
     not_served = _not_served(F, m, V, q.dtype)
-    kind = choose("perceive", backend, q.device, not_served, lambda: _untrusted(F, m, V, q))
+    kind = choose("perceive", backend, q.device, not_served, lambda: _untrusted(F, m, V, q, scalar))
+    e = _erase_of(kind, k, e, dtype)
     run: Callable = reference.perceive if kind == "reference" else chunked.perceive
     if kind == "triton":
         from llm_mlp.ops.perceive import kernels  # triton is optional
@@ -83,7 +86,7 @@ def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor, *, backend: str
     """A span of tokens as the map ``S -> exp(log_a) P S + Z`` (Z is the state the span leaves from zero).
 
     Args:
-        k, e: ``[B, T, G, F]``. log_decay: ``[B, T, G, m]``, at most 0, ``-inf`` allowed.
+        k, e: ``[B, T, G, F]``, e as `perceive`. log_decay: ``[B, T, G, m]``, at most 0, ``-inf`` allowed.
         backend: ``auto | chunked | triton``; the kernels have no gradients, auto then chooses ``chunked``.
 
     Returns:
@@ -91,17 +94,19 @@ def perceive_transition(k: Tensor, e: Tensor, log_decay: Tensor, *, backend: str
         log_a ``[B, G, m]``; float64 if the inputs are, else float32. T = 0 gives the identity and 0.
     """
     B, T, G, F = _shape("perceive_transition", k, 4)
-    expect("perceive_transition", "e", e, (B, T, G, F))
+    scalar = _erase("perceive_transition", k, e)
     if log_decay.ndim != 4:
         raise ValueError(f"perceive_transition: log_decay has shape {tuple(log_decay.shape)}, expected [B, T, G, m]")
     expect("perceive_transition", "log_decay", log_decay, (B, T, G, log_decay.shape[-1]))
-    _same_dtype("perceive_transition", k=k, e=e)
+    if not scalar:
+        _same_dtype("perceive_transition", k=k, e=e)
     check_values("perceive_transition", k=k, e=e, log_decay=log_decay)
     dtype = accumulation_dtype(k, e, log_decay)
     not_served = _not_served(F, 1, 1, k.dtype)
     if torch.is_grad_enabled() and (k.requires_grad or e.requires_grad):
         not_served = "gradients of a transition"
-    kind = choose("perceive_transition", backend, k.device, not_served, lambda: _untrusted(F, *_TRANSITION, k))
+    kind = choose("perceive_transition", backend, k.device, not_served, lambda: _untrusted(F, *_TRANSITION, k, scalar))
+    e = _erase_of(kind, k, e, dtype)
     if kind == "reference":
         raise ValueError("perceive_transition: backend 'reference' is `perceive` from the identity; use 'chunked'")
     with torch.autocast(k.device.type, enabled=False):
@@ -127,7 +132,7 @@ def perceive_step(
     """One token of a batch; ``states`` change in place. Not differentiable.
 
     Args:
-        q, k, e: ``[B, G, F]``. w: ``[B, G, m, V]``. log_decay: ``[B, G, m]``.
+        q, k, e: ``[B, G, F]``, e as `perceive`. w: ``[B, G, m, V]``. log_decay: ``[B, G, m]``.
         states: pool of second layers ``[N, G, F, m, V]``, any float dtype (arithmetic in float32 or float64).
         state_indices: distinct integers ``[B]``: row b uses ``states[state_indices[b]]``; -1 is a padding row
             (y = 0, nothing written). None: row b uses ``states[b]`` and N = B.
@@ -138,8 +143,10 @@ def perceive_step(
     """
     B, G, F = _shape("perceive_step", q, 3)
     m, V = w.shape[-2:] if w.ndim == 4 else (0, 0)
-    for name, tensor, shape in (("k", k, (B, G, F)), ("e", e, (B, G, F)), ("w", w, (B, G, m, V))):
+    for name, tensor, shape in (("k", k, (B, G, F)), ("w", w, (B, G, m, V))):
         expect("perceive_step", name, tensor, shape)
+    _erase("perceive_step", k, e)
+    e = _erase_of("step", k, e, e.dtype)
     expect("perceive_step", "log_decay", log_decay, (B, G, m))
     N = states.shape[0] if state_indices is not None else B
     expect("perceive_step", "states", states, (N, G, F, m, V))
@@ -181,13 +188,27 @@ def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
 _TRANSITION = 1, 16  # m and V at which a transition's kernels, which have neither, are checked
 
 
-def _untrusted(F: int, m: int, V: int, like: Tensor) -> str | None:
+def _erase(op: str, k: Tensor, e: Tensor) -> bool:
+    """Whether e is one number a group; it is checked."""
+    scalar = e.ndim == k.ndim - 1
+    expect(op, "e", e, tuple(k.shape[:-1] if scalar else k.shape))
+    return scalar
+
+
+def _erase_of(kind: str, k: Tensor, e: Tensor, wide: torch.dtype) -> Tensor:
+    """e as an implementation takes it: only the kernels know one number a group."""
+    if e.ndim == k.ndim:
+        return e
+    return e.to(wide) if kind == "triton" else k * e[..., None].to(k.dtype)
+
+
+def _untrusted(F: int, m: int, V: int, like: Tensor, scalar: bool) -> str | None:
     """Why ``auto`` may not choose the kernels."""
     if like.dtype == torch.float32:
         return "float32 products of the kernels do without matrix units; backend='triton' runs them"
     from llm_mlp.ops.perceive import kernels  # triton is optional
 
-    return tune.untrusted("perceive", kernels.sizes_of(F, m, V, like.dtype), str(like.device))
+    return tune.untrusted("perceive", kernels.sizes_of(F, m, V, like.dtype, scalar), str(like.device))
 
 
 def _shape(op: str, q: Tensor, ndim: int) -> torch.Size:

@@ -189,6 +189,13 @@ def _whole(high, low, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _betas(e_ptr, start, g, G, length, C: tl.constexpr):
+    """Scalar erase: beta of a chunk's tokens ``[C, 1]``, where e is beta k."""
+    i = tl.arange(0, C)
+    return tl.load(e_ptr + (start * G + g) + i * G, mask=i < length, other=0.0)[:, None]
+
+
+@triton.jit
 def _any_wild(wild_ptr, first, last, G):
     """Whether a chunk from ``first`` to ``last`` is wild; ``wild_ptr`` is at the group."""
     found = 0
@@ -238,7 +245,7 @@ def _decays(
 def _inverse(
     k_ptr, e_ptr, start_ptr, length_ptr, inverse_ptr,
     G,
-    F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, length = tl.load(start_ptr + chunk).to(tl.int64), tl.load(length_ptr + chunk)
@@ -247,9 +254,11 @@ def _inverse(
     real = (i < length)[:, None]
     L = tl.zeros((C, C), tl.float32)
     for a in tl.static_range(0, F, BF):
-        e = tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
         k = tl.load(k_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
+        e = k if SCALAR else tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
         L = product_onto(L, e, tl.trans(k), PRECISION)
+    if SCALAR:
+        L *= _betas(e_ptr, start, g, G, length, C)
     # The inverses of the blocks on the diagonal, doubled in size: [[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']].
     # Powers of L would be shorter, but grow without bound where an erase is near 2; inverses do not.
     pair = i // 2
@@ -276,7 +285,8 @@ def _scan(
     y_ptr, rest_ptr, after_ptr, residual_ptr, before_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
-    KEEP: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
+    KEEP: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):  # fmt: skip
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     g = tl.program_id(1)
@@ -300,8 +310,8 @@ def _scan(
             shift, there = start * (G * F) + g * F, start * (G * width) + g * width
             real = (i < length)[:, None]
             # The large loads first, in one flight; the small ones' ways to their places wait for each other.
-            e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
+            e = k if SCALAR else tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             if not ENDS and F <= 256:
                 q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
@@ -315,6 +325,8 @@ def _scan(
             if KEEP:
                 tl.store(before_ptr + at * F * width + cell, Sr, mask=own[None, :])
             seen = product(e, Sr, PRECISION)
+            if SCALAR:
+                seen *= _betas(e_ptr, start, g, G, length, C)
             if not ENDS:
                 if F > 256:  # in the shared memory that e had
                     q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
@@ -361,7 +373,8 @@ def _scan_back(
     dw_ptr, dg_ptr, dafters_ptr, dbefore_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
-    RESIDUAL: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
+    RESIDUAL: tl.constexpr, ENDS: tl.constexpr, WILD: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):  # fmt: skip
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     g = tl.program_id(1)
@@ -388,7 +401,9 @@ def _scan_back(
             inside = real & own[None, :]
             k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
             q = tl.load(q_ptr + shift + rows, mask=real, other=0.0)
-            if F <= 256:
+            if SCALAR:
+                e, beta = k, _betas(e_ptr, start, g, G, length, C)
+            elif F <= 256:
                 e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
             M_high, M_low = _load_inverse(inverse_ptr, at, C, PRECISION)
             dy = tl.load(dy_ptr + there + tokens, mask=inside, other=0.0).to(tl.float32)
@@ -429,9 +444,11 @@ def _scan_back(
                 dresidual = 2.0 * tl.load(dresidual_ptr + gate, mask=real & known[None, :], other=0.0)
                 if not ENDS:
                     dg += dresidual * tl.load(residual_ptr + gate, mask=real & known[None, :], other=0.0)
-                if F > 256:  # in the shared memory that k had
+                if F > 256 and not SCALAR:  # in the shared memory that k had
                     e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
                 seen = product(e, S, PRECISION)
+                if SCALAR:
+                    seen *= beta
                 if WILD:
                     R = w - _scaled(seen, down, BM)
                     M = _whole(M_high, M_low, PRECISION)
@@ -446,16 +463,21 @@ def _scan_back(
                 dW = _inner(M_t, dU, decays, G * m, length, heads, True, BM, C, FLOOR, PRECISION)
                 dS = _scaled(dS, total / edge, BM)
                 inner = product(tl.trans(q), dyr, PRECISION)
-                if not RESIDUAL and F > 256:
+                if not RESIDUAL and F > 256 and not SCALAR:
                     e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
-                inner = product_onto(inner, tl.trans(e), narrow(_scaled(dW, -down, BM), kind), PRECISION)
+                dR = _scaled(dW, -down, BM)
+                if SCALAR:
+                    dR *= beta
+                inner = product_onto(inner, tl.trans(e), narrow(dR, kind), PRECISION)
                 dS += _scaled(inner, edge, BM)
             else:
                 dR = product_halves(tl.trans(M_high), tl.trans(M_low), dU, PRECISION)
                 dW = _scaled(dR, up, BM)
                 dS = product_onto(dS, tl.trans(q), dyr, PRECISION)
-                if not RESIDUAL and F > 256:
+                if not RESIDUAL and F > 256 and not SCALAR:
                     e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
+                if SCALAR:
+                    dR *= beta
                 dS = _scaled(product_onto(dS, tl.trans(e), narrow(-dR, kind), PRECISION), edge, BM)
             if not ENDS:
                 tl.store(dw_ptr + there + tokens, narrow(dW, dw_ptr.dtype.element_ty), mask=inside)
@@ -468,7 +490,7 @@ def _scan_back(
 def _hop(
     k_ptr, e_ptr, inverse_ptr, bounds_ptr, first_ptr, hop_ptr,
     G,
-    F: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    F: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a span does to a state that does not decay: the product of its I - K^T M E, some columns of it."""
     n, part = (tl.program_id(0) // (F // BP)).to(tl.int64), tl.program_id(0) % (F // BP)
@@ -480,13 +502,17 @@ def _hop(
     P = tl.where(f[:, None] == j[None, :], 1.0, 0.0)
     for c in range(0, last - first):
         start = begin + c * C
-        real = (i < tl.minimum(end - start, C).to(tl.int32))[:, None]
+        length = tl.minimum(end - start, C).to(tl.int32)
+        real = (i < length)[:, None]
         shift = start * (G * F) + g * F
-        e = tl.load(e_ptr + shift + rows, mask=real, other=0.0)
         k = tl.load(k_ptr + shift + rows, mask=real, other=0.0)
+        e = k if SCALAR else tl.load(e_ptr + shift + rows, mask=real, other=0.0)
         M_high, M_low = _load_inverse(inverse_ptr, (first + c).to(tl.int64) * G + g, C, PRECISION)
         # Over a span of many chunks rounding adds up: float32 throughout, which k and e are not.
-        U = product_halves(M_high, M_low, product_wide(e, P, PRECISION), PRECISION)
+        seen = product_wide(e, P, PRECISION)
+        if SCALAR:
+            seen *= _betas(e_ptr, start, g, G, length, C)
+        U = product_halves(M_high, M_low, seen, PRECISION)
         P -= product_wide(tl.trans(k), U, PRECISION)
     tl.store(hop_ptr + (n * G + g) * F * F + (f[:, None] * F + j[None, :]), P)
 
@@ -525,14 +551,14 @@ def _compose(
         S = _scaled(product_split(P, S, PRECISION), tl.exp(decay)[None, :], BM) + Z
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G", "total"])
 def _gradients(
     q_ptr, k_ptr, e_ptr, w_ptr, dy_ptr, dw_ptr, decay_ptr, before_ptr, dafters_ptr,
     inverse_ptr, down_ptr, up_ptr, edge_ptr, sum_ptr, wild_ptr, start_ptr, length_ptr,
     dq_ptr, dk_ptr, de_ptr, dg_ptr,
-    G, m: tl.constexpr, V: tl.constexpr,
+    total, G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
-    WILD: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
+    WILD: tl.constexpr, SCALAR: tl.constexpr, PRECISION: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     chunk, g, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     at = chunk * G + g
@@ -545,6 +571,8 @@ def _gradients(
         there, state = start * (G * width) + g * width, at * F * width
         places = shift + rows + block * BF + f[None, :]
         kind = q_ptr.dtype.element_ty
+        if SCALAR:
+            beta = _betas(e_ptr, start, g, G, length, C)
         dA, dA_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         dL, dL_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         dq, dk, de = tl.zeros((C, BF), tl.float32), tl.zeros((C, BF), tl.float32), tl.zeros((C, BF), tl.float32)
@@ -565,13 +593,15 @@ def _gradients(
             kept = tl.zeros((BM * BV,), tl.float32)
             for a in tl.static_range(0, F, BF):
                 cell = (a + f)[:, None] * width + columns[None, :]
-                e = tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
+                k = tl.load(k_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
+                e = k if SCALAR else tl.load(e_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
                 S = tl.load(before_ptr + state + cell, mask=own[None, :], other=0.0)
                 seen = product_onto(seen, e, S, PRECISION)
-                k = tl.load(k_ptr + shift + rows + a + f[None, :], mask=real, other=0.0)
                 dS = tl.load(dafters_ptr + state + cell, mask=own[None, :], other=0.0)
                 pushed = product_onto(pushed, k, dS, PRECISION)
                 kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+            if SCALAR:
+                seen *= beta
             ended = tl.sum(tl.reshape(kept, (BM, BV)), 1)  # <dS', S'> at the end of the chunk
             if WILD:
                 M = _whole(M_high, M_low, PRECISION)
@@ -614,7 +644,12 @@ def _gradients(
             de = product_onto(de, dRr, tl.trans(S), PRECISION)
             if part == PARTS - 1:
                 de = product_onto(de, narrow(tl.where(i[:, None] > i[None, :], dL, 0.0), kind), k, PRECISION)
-                tl.store(de_ptr + places, narrow(de, kind), mask=real)
+                if SCALAR:
+                    dk += de * beta
+                    to = de_ptr + (block * total + start) * G + g + i * G
+                    tl.store(to, tl.sum(de * k.to(tl.float32), 1), mask=i < length)
+                else:
+                    tl.store(de_ptr + places, narrow(de, kind), mask=real)
             dS = tl.load(dafters_ptr + state + cell, mask=own[None, :], other=0.0)
             dk = product_onto(dk, Ur, tl.trans(dS), PRECISION)
             if WILD:
@@ -626,7 +661,9 @@ def _gradients(
             if part == PARTS - 1:
                 q = tl.load(q_ptr + places, mask=real, other=0.0)
                 dk = product_onto(dk, narrow(tl.where(i[:, None] <= i[None, :], dA_t, 0.0), kind), q, PRECISION)
-                e = tl.load(e_ptr + places, mask=real, other=0.0)
+                if SCALAR:
+                    dL_t *= tl.trans(beta)
+                e = k if SCALAR else tl.load(e_ptr + places, mask=real, other=0.0)
                 dk = product_onto(dk, narrow(tl.where(i[:, None] < i[None, :], dL_t, 0.0), kind), e, PRECISION)
                 tl.store(dk_ptr + places, narrow(dk, kind), mask=real)
 
@@ -696,9 +733,9 @@ def candidates(F: int) -> tuple[Table, Table]:
     return fast, safe
 
 
-def sizes_of(F: int, m: int, V: int, dtype: torch.dtype) -> Sizes:
-    """What `tune` knows a launch by."""
-    return ("F", F), ("m", m), ("V", V), ("dtype", str(dtype).removeprefix("torch."))
+def sizes_of(F: int, m: int, V: int, dtype: torch.dtype, scalar: bool) -> Sizes:
+    """What `tune` knows a launch by; ``scalar``: e is beta k."""
+    return ("F", F), ("m", m), ("V", V), ("scalar", scalar), ("dtype", str(dtype).removeprefix("torch."))
 
 
 def tiles(F: int, m: int, V: int, dtype: torch.dtype, launch: Table) -> Table:
@@ -757,6 +794,7 @@ class _Call:
 
     G: int
     F: int
+    scalar: bool
     way: Plan
     launch: Table
     tile: Table
@@ -766,14 +804,14 @@ class _Call:
     device: torch.device
 
     @classmethod
-    def of(cls, q: Tensor, w: Tensor, bounds: list[int]) -> _Call:
-        (_, _, G, F), (m, V) = q.shape, w.shape[-2:]
-        way = plan("perceive", sizes_of(F, m, V, q.dtype))
+    def of(cls, q: Tensor, e: Tensor, w: Tensor, bounds: list[int]) -> _Call:
+        (_, _, G, F), (m, V), scalar = q.shape, w.shape[-2:], e.ndim == 3
+        way = plan("perceive", sizes_of(F, m, V, q.dtype, scalar))
         launch = way.of(candidates(F))
         tile = tiles(F, m, V, q.dtype, launch)
         # A hop of F x F has to fit on chip.
         spans = tuple(spans_of(bounds, G * tile["_scan"]["PARTS"]) if F <= 256 else bounds)
-        return cls(G, F, way, launch, tile, _precision(q.dtype), tuple(bounds), spans, q.device)
+        return cls(G, F, scalar, way, launch, tile, _precision(q.dtype), tuple(bounds), spans, q.device)
 
     @property
     def layout(self) -> _Layout:
@@ -794,7 +832,9 @@ class _Call:
 
     def constants(self, kernel: str, **more: Any) -> dict[str, Any]:
         """What a kernel of `tiles` takes besides tensors."""
-        kinds = self.precision if kernel == "_inverse" else {**self.precision, "FLOOR": RESET}
+        kinds = {**self.precision, "SCALAR": self.scalar}
+        if kernel not in ("_inverse", "_hop"):
+            kinds["FLOOR"] = RESET
         return {**self.tile[kernel], **kinds, **more, **_how(self.launch[kernel])}
 
     def compose(
@@ -830,7 +870,7 @@ def _forward(
     """y, state, residual; and if ``keep`` what the backward pass reads: the states before each chunk (in q's dtype, in
     the chunk's frame), what rounding y left out, the inverses, the decays of each chunk (down, up, edge, their sums,
     wild), the spans' hops."""
-    call = _Call.of(q, w, bounds)
+    call = _Call.of(q, e, w, bounds)
     kept = _outputs(q, w, log_decay, state, call, keep)
     with call.way.compiling():
         after = _run_forward(call, q, k, e, w, log_decay, state, kept, keep)
@@ -869,7 +909,7 @@ def _run_forward(
         return after
     parts = call.tile["_hop"]
     _hop[(len(hop) * (F // parts["BP"]), G)](
-        k, e, inverse, layout.bounds, layout.first, hop, G, **parts, **call.precision, **_how(call.launch["_hop"])
+        k, e, inverse, layout.bounds, layout.first, hop, G, **call.constants("_hop")
     )
     ends = state.new_empty((len(hop), *state.shape[1:]))
     scan(torch.zeros_like(ends), ends, False, True)
@@ -908,7 +948,7 @@ def _outputs(q: Tensor, w: Tensor, log_decay: Tensor, state: Tensor, call: _Call
 
 @_forward.register_fake
 def _(q, k, e, w, log_decay, state, bounds, keep):
-    return _outputs(q, w, log_decay, state, _Call.of(q, w, bounds), keep)
+    return _outputs(q, w, log_decay, state, _Call.of(q, e, w, bounds), keep)
 
 
 @torch.library.custom_op("llm_mlp::perceive_backward", mutates_args=())
@@ -918,9 +958,12 @@ def _backward(
     dy: Tensor, dafter: Tensor, dresidual: Tensor | None, bounds: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, e, w, log_decay and state."""
-    call = _Call.of(q, w, bounds)
+    call = _Call.of(q, e, w, bounds)
     G, F, layout = call.G, call.F, call.layout
-    dq, dk, de, dw, dg = (torch.empty_like(x) for x in (q, k, e, w, log_decay))
+    dq, dk, dw, dg = (torch.empty_like(x) for x in (q, k, w, log_decay))
+    blocks = F // call.tile["_gradients"]["BF"]
+    # Scalar erase: each block of features has a share of beta's gradient.
+    de = e.new_empty((blocks, *e.shape)) if call.scalar else torch.empty_like(e)
     dafters = torch.empty_like(before)
     dy, dafter = aligned(dy), aligned(dafter)
     slopes = residual if dresidual is None else aligned(dresidual)
@@ -943,10 +986,13 @@ def _backward(
             dbefore = torch.empty_like(dafter)
             scan_back(dafter, dbefore, False)
         for is_wild in (False, True):
-            _gradients[(layout.chunks, G, F // call.tile["_gradients"]["BF"])](
+            _gradients[(layout.chunks, G, blocks)](
                 q, k, e, w, dy, dw, log_decay, before, dafters, inverse, down, up, edge, sums, wild,
-                layout.start, layout.length, dq, dk, de, dg, G, **call.constants("_gradients", WILD=is_wild),
+                layout.start, layout.length, dq, dk, de, dg, q.shape[0] * q.shape[1], G,
+                **call.constants("_gradients", WILD=is_wild),
             )  # fmt: skip
+    if call.scalar:
+        de = de[0] if blocks == 1 else de.sum(0)
     return dq, dk, de, dw, dg, dbefore
 
 
@@ -999,9 +1045,9 @@ def transition(k: Tensor, e: Tensor, m: int, V: int) -> Tensor:
     if T == 0 or B == 0:
         return torch.eye(F, device=k.device).expand(B, G, F, F).clone()
     k, e = aligned(k), aligned(e)
-    way = plan("perceive", sizes_of(F, m, V, k.dtype))
+    way = plan("perceive", sizes_of(F, m, V, k.dtype, e.ndim == 3))
     launch = way.of(candidates(F))
-    tile, kinds = tiles(F, m, V, k.dtype, launch), _precision(k.dtype)
+    tile, kinds = tiles(F, m, V, k.dtype, launch), {**_precision(k.dtype), "SCALAR": e.ndim == 3}
     layout = _layout(tuple(range(0, B * T + 1, T)), k.device)
     inverse, hop = _empty_inverse(k, layout.chunks), torch.empty((B, G, F, F), device=k.device)
     with way.compiling():
