@@ -30,12 +30,13 @@ from triton.errors import TritonError
 from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs
 from llm_mlp.bench.record import record
 from llm_mlp.ops import linear_cross_entropy, memorise, perceive
+from llm_mlp.ops.checks import both_ways, compare
 from llm_mlp.ops.cross_entropy import kernels as cross_entropy_kernels
 from llm_mlp.ops.heads import head_inputs, head_outputs
 from llm_mlp.ops.heads import kernels as head_kernels
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
-from llm_mlp.ops.tune import ASSEMBLER, both_ways, compare, newest_assembler
+from llm_mlp.ops.tune import ASSEMBLER, newest_assembler
 
 DEVICE = torch.device("cuda")
 SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}

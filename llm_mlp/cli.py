@@ -337,14 +337,17 @@ def bench_decode(
     preset: Annotated[str, typer.Option(help="Preset; its twin runs beside it.")] = "30m",
     contexts: Annotated[str, typer.Option(help="Tokens already read, comma-separated.")] = "512,4096,16384",
     steps: Repeats = 40,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together.")] = 1,
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    graph: Annotated[bool, typer.Option("--graph", help="The preset's steps as a CUDA graph.")] = False,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
-    """Decoding speed and state bytes at B = 1 against the twin with its cache."""
+    """Decoding speed and state bytes against the twin with its cache."""
     from llm_mlp.bench.speed import bench_decoding
 
-    for line in bench_decoding(preset, _numbers(contexts), steps, results, threads, device):
+    for line in bench_decoding(preset, _numbers(contexts), steps, batch, precision, graph, results, threads, device):
         typer.echo(line)
 
 

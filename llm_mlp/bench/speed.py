@@ -16,6 +16,7 @@ from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
 from llm_mlp.models import LM, build_model
+from llm_mlp.models.capture import CapturedStep
 from llm_mlp.precision import DTYPES, Precision
 from llm_mlp.presets import TWIN
 
@@ -100,8 +101,11 @@ def bench_training(
 
 
 @torch.no_grad()
-def time_decoding(model: LM, context: int, steps: int) -> dict[str, float]:
-    """Median seconds a token at B = 1 after ``context`` random tokens, and the bytes of the state there."""
+def time_decoding(model: LM, context: int, steps: int, batch: int = 1, graph: bool = False) -> dict[str, float]:
+    """Median seconds a step after ``context`` random tokens, and the bytes of a sequence's state there.
+
+    ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
+    """
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -111,28 +115,55 @@ def time_decoding(model: LM, context: int, steps: int) -> dict[str, float]:
         state = model(ids[:, a : a + PREFILL], state, logits="none").state
     assert state is not None
     size = sum(t.numel() * t.element_size() for t in state.values())
-    token = ids[:, -1]
+    state = {name: t.repeat(batch, *[1] * (t.ndim - 1)) for name, t in state.items()}
+    token = ids[:, -1].repeat(batch)
+    call: Callable[[], Any] = partial(model.step, token, state)
+    if graph:
+        call = partial(CapturedStep(model, state, batch), token)
     for _ in range(3):
-        model.step(token, state)
-    times = [timed(lambda: model.step(token, state), device) for _ in range(steps)]
+        call()
+    times = [timed(call, device) for _ in range(steps)]
     return {"seconds": statistics.median(times), "state_bytes": size}
 
 
 def bench_decoding(
-    preset: str, contexts: list[int], steps: int, results: str | Path | None, threads: int, device: str
+    preset: str,
+    contexts: list[int],
+    steps: int,
+    batch: int,
+    precision: str,
+    graph: bool,
+    results: str | Path | None,
+    threads: int,
+    device: str,
 ) -> Iterator[str]:
-    """Preset and twin at each context; yields a line a context, records tokens/s, state bytes and the ratio."""
+    """Preset and twin at each context; yields a line a context, records tokens/s, state bytes and the ratio.
+
+    ``graph``: the preset's steps as a CUDA graph; the twin's cache grows, so its steps are launched one by one and
+    no ratio is given.
+    """
+    if precision not in ("fp32", *DTYPES):
+        raise ConfigError(f"--precision {precision!r}: expected fp32, {' or '.join(DTYPES)}")
     on = setup(device, threads)
+    if graph and on.type != "cuda":
+        raise ConfigError(f"--graph: CUDA graphs need a CUDA device, this one is {on}")
     models = _pair(preset, on)
+    for model in models.values():
+        model.to(torch.float32 if precision == "fp32" else DTYPES[precision])
     for context in contexts:
-        found = {name: time_decoding(model, context, steps) for name, model in models.items()}
-        speed = {name: 1 / f["seconds"] for name, f in found.items()}
+        found = {
+            name: time_decoding(model, context, steps, batch, graph and name == preset)
+            for name, model in models.items()
+        }
+        speed = {name: batch / f["seconds"] for name, f in found.items()}
         size = {name: f["state_bytes"] for name, f in found.items()}
-        ratio = speed[preset] / speed[preset + TWIN]
+        ratio = None if graph else speed[preset] / speed[preset + TWIN]
         if results:
-            facts = {"preset": preset, "context": context, "tokens_per_second": speed, "state_bytes": size}
-            record(results, "decode-speed", facts | {"ratio": ratio}, device=on, seed=0)
+            facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "graph": graph}
+            facts |= {"tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
+            record(results, "decode-speed", facts, device=on, seed=0)
+        how = " (not in a graph)" if graph else f", ratio {ratio:.2f}"
         yield (
-            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, twin {speed[preset + TWIN]:>8,.1f}, ratio "
-            f"{ratio:.2f}; state {size[preset] / 1e6:.1f} MB, twin {size[preset + TWIN] / 1e6:.1f} MB"
+            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, twin {speed[preset + TWIN]:>8,.1f}{how}; "
+            f"state {size[preset] / 1e6:.1f} MB, twin {size[preset + TWIN] / 1e6:.1f} MB"
         )

@@ -15,7 +15,7 @@ from llm_mlp.config import ModelConfig
 from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, units_init
 from llm_mlp.ops.conv import causal_conv, causal_conv_step
-from llm_mlp.ops.heads import HeadInputs, head_inputs, head_outputs, prepare, unit
+from llm_mlp.ops.heads import HeadInputs, head_inputs, head_inputs_step, head_outputs, prepare, unit
 from llm_mlp.ops.perceive.chunked import CHUNK
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
@@ -230,9 +230,23 @@ class PerceptionMixer(Mixer):
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
         qkv, low = self.in_proj(x).split((self.in_split[0], sum(self.in_split[1:])), -1)
         logits = self._logits(x, self._low(low))
-        if self.conv is not None:
-            qkv = causal_conv_step(qkv, self.conv, state["conv"], state_indices)
-        i = self._prepare(qkv, logits)
+        if self.first_layer is None:
+            i = head_inputs_step(
+                qkv,
+                self.conv,
+                self.slope,
+                logits.get("write"),
+                self.units_gain if self.block else None,
+                state.get("conv"),
+                state_indices,
+                groups=self.groups,
+                heads=(self.heads_per_group, self.value_width),
+                eps=self.eps,
+            )
+        else:
+            if self.conv is not None:
+                qkv = causal_conv_step(qkv, self.conv, state["conv"], state_indices)
+            i = self._prepare(qkv, logits)
         y, residual = perceive_step(
             i.q,
             i.k,

@@ -2,15 +2,11 @@
 
 Compilers miscompile some kernels of this family on some GPUs (Triton 3.4 to 3.7 on Hopper: flash-linear-attention
 issues 640, 984 and 1262; the last traces it to the assembler that Triton brings for Hopper, ptxas 12.8, and finds 13.1
-right), silently or by an illegal access. So the newest assembler at hand is tried first, and the kernels are
-checked once for each device, compiler
-and set of sizes, forward and backward, beside `chunked` in the same dtype. The check runs in a process of its own,
-because a miscompiled kernel can take the process's device with it, and what it found is kept in a file: in
-``$LLM_MLP_CACHE``, else ``$XDG_CACHE_HOME/llm_mlp``, else ``~/.cache/llm_mlp``.
-
-A tensor passes whose root mean square error is at most twice that of `chunked`, or 2 eps of its dtype times the truth's
-root mean square, and whose largest error is at most three times as large as allowed on that count; four times where
-it has under 1,000 numbers, whose error is chance. The truth is `chunked` in float64 on the rounded inputs.
+right), silently or by an illegal access. So the newest assembler at hand is tried first, and the kernels are checked
+once for each device, compiler and set of sizes, forward and backward (`llm_mlp.ops.checks` has the rule and the
+inputs). The check runs in a process of its own, because a miscompiled kernel can take the process's device with it,
+and what it found is kept in a file: in ``$LLM_MLP_CACHE``, else ``$XDG_CACHE_HOME/llm_mlp``, else
+``~/.cache/llm_mlp``.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -204,7 +200,7 @@ def _write(file: Path, rows: dict[str, Any]) -> None:
         log.warning("%s cannot be written, the kernels will be checked again next time: %s", file, error)
 
 
-# -- the check -----------------------------------------------------------------------------------------------------
+# -- the check, in a process of its own -------------------------------------------------------------------------------
 
 
 def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> list[str]:
@@ -229,201 +225,13 @@ def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> list[str]:
     return found
 
 
-def compare(
-    names: Sequence[str],
-    got: Sequence[Tensor],
-    yard: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    largest: float = 3,
-) -> list[str]:
-    """What the rule above says of the tensors; ``largest``: how far it lets the largest error go."""
-    failures = []
-    for name, g, y, t in zip(names, got, yard, truth, strict=True):
-        if not g.isfinite().all():
-            failures.append(f"{name}: not finite")
-            continue
-        if not t.numel():
-            continue
-        mine, other = g.double() - t, y.double() - t
-        few = 4 if t.numel() < 1000 else 1
-        floor = 2 * torch.finfo(g.dtype).eps * float(t.square().mean().sqrt())
-        for what, a, b, slack in (
-            ("rms", mine.square().mean().sqrt(), other.square().mean().sqrt(), 1),
-            ("largest", mine.abs().max(), other.abs().max(), largest),
-        ):
-            if not float(a) <= few * slack * max(2 * float(b), floor):
-                failures.append(f"{name}: {what} error {float(a):.3g}, of chunked {float(b):.3g}")
-    return failures
-
-
-def both_ways(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, and gradients of a fixed random projection of them."""
-    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = [o for o in run(*leaves) if o.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
-    loss = sum(
-        (o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)).sum()
-        for o in outputs
-    )
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)  # type: ignore[arg-type]
-    return [o.detach() for o in outputs] + [g for g in grads if g is not None]
-
-
-def _perceive_cases(
-    F: int, m: int, V: int, scalar: bool, dtype: torch.dtype, device: str
-) -> list[tuple[Callable, list[Tensor]]]:
-    from llm_mlp.ops.perceive import kernels, perceive
-
-    B, T, G = 2, 200, 2
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    q, k = (torch.nn.functional.normalize(normal(B, T, G, F), dim=-1).to(dtype) for _ in range(2))
-    beta = 1.9 * torch.rand((B, T, G), generator=generator)
-    e = beta if scalar else (k.float() * beta[..., None]).to(dtype)
-    w, state = normal(B, T, G, m, V).to(dtype), normal(B, G, F, m, V)
-    mild = -torch.rand((B, T, G, m), generator=generator) / 8
-    wild = torch.where(torch.rand((B, T, G, m), generator=generator) < 0.02, -torch.inf, mild * 40)
-    wild[0] = mild[0]
-
-    def run(backend: str, spans: bool) -> Callable:
-        def call(*x: Tensor) -> Sequence[Tensor]:
-            before = kernels.SPAN, kernels.FULL
-            if spans:
-                kernels.SPAN, kernels.FULL = 64, 10**6
-            try:
-                return perceive(*x, return_residual=True, backend=backend)
-            finally:
-                kernels.SPAN, kernels.FULL = before
-
-        return call
-
-    def inputs(decay: Tensor) -> list[Tensor]:
-        return [x.to(device) for x in (q, k, e, w, decay, state)]
-
-    return [
-        (lambda backend: run(backend, False), inputs(mild)),  # type: ignore[list-item]
-        (lambda backend: run(backend, False), inputs(wild)),  # type: ignore[list-item]
-        (lambda backend: run(backend, True), inputs(wild)),  # type: ignore[list-item]
-    ]
-
-
-def _memorise_cases(
-    R: int, width: int, activation: str, dtype: torch.dtype, device: str
-) -> list[tuple[Callable, list[Tensor]]]:
-    from llm_mlp.ops.memorise import memorise
-
-    B, T, G = 2, 300, 2
-    size: dict[str, Any] = {"block": 128, "slots": 32, "activation": activation}
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-    q, k, w = normal(B, T, G, R), normal(B, T, G, R), normal(B, T, G, 1, width)
-    score = torch.rand((B, T, G), generator=generator).to(device)
-    sink = torch.zeros(G, device=device)
-
-    def run(backend: str, carried: bool) -> Callable:
-        def call(q: Tensor, k: Tensor, w: Tensor, sink: Tensor) -> Sequence[Tensor]:
-            own = score.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-            if not carried:
-                y, units = memorise(q, k, w, own, sink, **size, backend=backend)
-                return y, units.keys, units.values
-            first, units = memorise(q[:, :200], k[:, :200], w[:, :200], own[:, :200], sink, **size, backend=backend)
-            y, units = memorise(
-                q[:, 200:], k[:, 200:], w[:, 200:], own[:, 200:], sink, units, **size, backend=backend
-            )  # fmt: skip
-            return first, y, units.keys, units.values
-
-        return call
-
-    inputs = [q, k, w, sink]
-    return [(lambda backend: run(backend, False), inputs), (lambda backend: run(backend, True), inputs)]
-
-
-def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[tuple[Callable, list[Tensor]]]:
-    from llm_mlp.ops.heads import head_inputs, head_outputs
-
-    B, T, G, m, K = 2, 300, 2, 2, 4
-    width, C = G * m * V, 2 * G * R + G * m * V
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    if not R:  # what comes after the ops has none
-        rows = (B, T, G, m)
-        inputs = [x.to(dtype) for x in (normal(*rows, V), normal(*rows, V), normal(*rows), normal(B, T, width))]
-        return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
-
-    def run(backend: str) -> Callable:
-        def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, gain: Tensor, *tail: Tensor):
-            found, new = head_inputs(
-                x, conv, slope, write, gain, *tail,
-                groups=G, heads=(m, V), eps=1e-6, backend=backend,
-            )  # fmt: skip
-            return [y for y in (*found, new) if y is not None]
-
-        return call
-
-    inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
-    inputs += [normal(B, T, width).to(dtype), 1 + normal(2, R) / 4]
-    return [(run, inputs), (run, [*inputs, normal(B, K - 1, C).to(dtype)])]
-
-
-def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[tuple[Callable, list[Tensor]]]:
-    from llm_mlp.ops.cross_entropy import linear_cross_entropy
-
-    n, D, vocabulary = 300, 64, 5003
-    generator = torch.Generator().manual_seed(1)
-    hidden, weight = (torch.randn((r, D), generator=generator).to(dtype).to(device) for r in (n, vocabulary))
-    targets = torch.randint(vocabulary, (n,), generator=generator).to(device)
-    targets[::7] = -100
-
-    def run(cap: float) -> Callable:
-        def of(backend: str) -> Callable:
-            return lambda h, w: [linear_cross_entropy(h, w, targets, cap=cap, backend=backend)]
-
-        return of
-
-    return [(run(0.0), [hidden, weight]), (run(15.0), [hidden, weight])]
-
-
-_CASES: dict[str, Callable[..., list[tuple[Callable, list[Tensor]]]]] = {
-    "perceive": _perceive_cases,
-    "memorise": _memorise_cases,
-    "heads": _heads_cases,
-    "cross_entropy": _cross_entropy_cases,
-}
-
-
-def check(op: str, sizes: Sizes, device: str) -> list[str]:
-    """What the kernels of an op get wrong at these sizes on a device, as text; empty if nothing."""
-    constants: dict[str, Any] = dict(sizes)
-    dtype = getattr(torch, constants.pop("dtype"))
-    # Beside 16-bit inputs the kernels multiply float32 in fewer bits; so may the yardstick.
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    cases = _CASES[op](**constants, dtype=dtype, device=device)
-    failures = []
-    for number, (run, inputs) in enumerate(cases):
-        truth = both_ways(run("chunked"), [x.double() for x in inputs])
-        yard, got, again = (both_ways(run(backend), inputs) for backend in ("chunked", "triton", "triton"))
-        names = [f"case {number}, tensor {n}" for n in range(len(got))]
-        failures += compare(names, got, yard, truth)
-        failures += [
-            f"{n}: two runs differ" for n, a, b in zip(names, got, again, strict=True) if not torch.equal(a, b)
-        ]
-    return failures
-
-
 def main() -> None:
     spec = json.loads(sys.argv[1])
     sizes = tuple((name, size) for name, size in spec["sizes"])
     _known[spec["op"], sizes] = Plan(*spec["plan"]), ""
     try:
+        from llm_mlp.ops.checks import check  # which knows the ops, and they this module
+
         found = check(spec["op"], sizes, spec["device"])
     except Exception as error:  # whatever a compiler or a device says: the kernels do not run here
         found = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"]

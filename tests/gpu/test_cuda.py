@@ -5,6 +5,7 @@ import torch
 
 from llm_mlp.config import ModelConfig, build
 from llm_mlp.models import build_model
+from llm_mlp.models.capture import CapturedStep
 from llm_mlp.ops import memorise, perceive
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,3 +75,26 @@ def test_compiled_block_trains_like_eager():
     for name, eager in gradients[0].items():
         difference = (gradients[1][name] - eager).norm() / eager.norm().clamp(min=1e-8)
         assert difference < 5e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_steps_are_steps(dtype):
+    """A CUDA graph over a part of a pool, across the end of a block, and a pool that building it leaves alone."""
+    config = build(ModelConfig, {"preset": "demo", "pattern": ["perception"]})
+    model = build_model(config, device="cuda").randomize_().to(dtype).eval()
+    tokens = torch.randint(config.vocab_size, (3, 300), device="cuda")
+    with torch.no_grad():
+        state = model(tokens[:, :250], logits="none").state
+    pool = {name: torch.cat([t, t]) for name, t in state.items()}
+    rows = torch.tensor([4, -1, 0], device="cuda")
+    other = {name: t.clone() for name, t in pool.items()}
+    step = CapturedStep(model, pool, 3, rows)
+    assert all(torch.equal(pool[name], t) for name, t in other.items())
+    for t in range(250, 262):
+        got, want = step(tokens[:, t]), model.step(tokens[:, t], other, rows)
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+    assert all(torch.equal(pool[name], t) for name, t in other.items())
+    with pytest.raises(ValueError, match="cannot hold a state that grows"):
+        config = build(ModelConfig, {"preset": "demo-transformer"})
+        model = build_model(config, device="cuda").eval()
+        CapturedStep(model, model.init_state(2), 2)

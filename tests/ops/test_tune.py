@@ -9,7 +9,7 @@ import pytest
 import torch
 from op_cases import perceive_inputs
 
-from llm_mlp.ops import backend, perceive, tune
+from llm_mlp.ops import backend, checks, perceive, tune
 
 SIZES = (("F", 16), ("m", 2), ("V", 16), ("dtype", "bfloat16"))
 
@@ -102,11 +102,11 @@ def test_auto_asks_before_it_chooses(monkeypatch):
 def test_compare_tells_a_wrong_tensor():
     truth = torch.randn(2000, dtype=torch.float64)
     near, yard = (truth + 1e-3 * torch.randn(2000, dtype=torch.float64) for _ in range(2))
-    assert tune.compare("y", [near.float()], [yard.float()], [truth]) == []
+    assert checks.compare("y", [near.float()], [yard.float()], [truth]) == []
     off = near.clone()
     off[7] += 0.04
-    assert "largest error" in tune.compare("y", [off.float()], [yard.float()], [truth])[0]
-    assert tune.compare("y", [near.mul(torch.inf)], [yard], [truth]) == ["y: not finite"]
+    assert "largest error" in checks.compare("y", [off.float()], [yard.float()], [truth])[0]
+    assert checks.compare("y", [near.mul(torch.inf)], [yard], [truth]) == ["y: not finite"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm_mlp.ops import tune
 from llm_mlp.ops.backend import choose, expect, sequence_bounds
-from llm_mlp.ops.conv import causal_conv, last_inputs
+from llm_mlp.ops.conv import causal_conv, causal_conv_step, last_inputs
 
 
 class HeadInputs(NamedTuple):
@@ -137,6 +137,47 @@ def head_inputs(
     return HeadInputs(q, k, w, *((None, None) if gain is None else (units_q, units_k))), new
 
 
+def head_inputs_step(
+    x: Tensor,
+    conv: Tensor | None,
+    slope: Tensor | None,
+    write: Tensor | None,
+    gain: Tensor | None,
+    tails: Tensor | None,
+    state_indices: Tensor | None = None,
+    *,
+    groups: int,
+    heads: tuple[int, int],
+    eps: float,
+    backend: str = "auto",
+) -> HeadInputs:
+    """`head_inputs` of one token of each sequence. Not differentiable.
+
+    Args:
+        x: ``[B, C]``. write: ``[B, G m V]``. tails: pool ``[N, K-1, C]``, changed in place; None without a convolution.
+        state_indices: as `perceive_step`; what a padding row gets is undefined. The rest as `head_inputs`.
+    """
+    C, (m, V) = x.shape[-1], heads
+    R = (C - groups * m * V) // (2 * groups)
+    if (conv is None) != (tails is None):
+        raise ValueError("head_inputs_step: a convolution needs tails, and tails a convolution")
+    not_served = _not_served(R, V, x.dtype)
+    if tails is not None and not tails.is_contiguous():
+        not_served = "tails that are not contiguous"
+    kind = choose("head_inputs_step", backend, x.device, not_served, lambda: _untrusted(R, V, x, "heads_step"))
+    with torch.no_grad():
+        if kind == "triton" and x.numel():
+            from llm_mlp.ops.heads import kernels  # triton is optional
+
+            *found, units_q, units_k = kernels.inputs_step(
+                x, conv, slope, write, gain, tails, state_indices, groups=groups, read_width=R, heads=heads, eps=eps
+            )
+            return HeadInputs(*found, *((None, None) if gain is None else (units_q, units_k)))
+        if conv is not None and tails is not None:
+            x = causal_conv_step(x, conv, tails, state_indices)
+        return prepare(x, slope, write, gain, unit, groups=groups, heads=heads, eps=eps)
+
+
 def head_outputs(
     y: Tensor, read: Tensor | None, share: Tensor | None, gate: Tensor | None, *, eps: float, backend: str = "auto"
 ) -> Tensor:
@@ -179,10 +220,10 @@ def _not_served(R: int, V: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _untrusted(R: int, V: int, like: Tensor) -> str | None:
+def _untrusted(R: int, V: int, like: Tensor, op: str = "heads") -> str | None:
     """Why ``auto`` may not choose the kernels."""
-    if like.dtype == torch.float32:
+    if like.dtype == torch.float32 and op == "heads":
         return "float32 is not what the kernels are tuned for; backend='triton' runs them"
     from llm_mlp.ops.heads import kernels  # triton is optional
 
-    return tune.untrusted("heads", kernels.sizes_of(R, V, like.dtype), str(like.device))
+    return tune.untrusted(op, kernels.sizes_of(R, V, like.dtype), str(like.device))

@@ -21,6 +21,7 @@ from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 LAUNCH: Table = {
     "_inputs": {"BT": 32, "num_warps": 4},
     "_inputs_back": {"BT": 32, "num_warps": 8},
+    "_inputs_step": {"num_warps": 1},
     "_outputs": {"BT": 32, "num_warps": 4},
     "_outputs_back": {"BT": 32, "num_warps": 4},
 }
@@ -197,6 +198,56 @@ def _inputs_back(
     tl.store(part + K + 1, dgain, mask=known)
 
 
+@triton.jit
+def _inputs_step(
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, index_ptr, q_ptr, k_ptr, w_ptr, read_ptr, key_ptr,
+    stride, G, C, width, eps,
+    R: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, UNITS: tl.constexpr,
+    INDEXED: tl.constexpr,
+):  # fmt: skip
+    """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros."""
+    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = b
+    if INDEXED:
+        row = tl.load(index_ptr + b).to(tl.int64)
+    f = tl.arange(0, R)
+    c = block * R + f
+    here = (c < C) & (row >= 0)
+    x = tl.load(x_ptr + b * stride + c, mask=here, other=0.0)
+    y = x.to(tl.float32)
+    if K > 0:
+        tail = tail_ptr + row * (K - 1) * C + c
+        y *= tl.load(conv_ptr + c * K + (K - 1), mask=here, other=0.0).to(tl.float32)
+        for j in tl.static_range(K - 1):
+            tap = tl.load(conv_ptr + c * K + j, mask=here, other=0.0).to(tl.float32)
+            y += tap * tl.load(tail + j * C, mask=here, other=0.0).to(tl.float32)
+        for j in tl.static_range(K - 1):
+            new = x.to(tail_ptr.dtype.element_ty)
+            if j < K - 2:
+                new = tl.load(tail + (j + 1) * C, mask=here, other=0.0)
+            tl.debug_barrier()  # read before it is overwritten, by whichever thread
+            tl.store(tail + j * C, new, mask=here)
+    slope = tl.full((R,), 1.0, tl.float32)
+    if SLOPE:
+        slope = tl.load(slope_ptr + c, mask=here, other=0.0).to(tl.float32)
+    a = y * _sigmoid(y * slope)
+    if block < 2 * G:
+        key = block >= G
+        at = b * (G * R) + (block - G if key else block) * R + f
+        squares = tl.sum(a * a, 0)
+        z = a / tl.maximum(tl.sqrt(squares), TINY)
+        tl.store((k_ptr if key else q_ptr) + at, narrow(z, q_ptr.dtype.element_ty), mask=c < C)
+        if UNITS:
+            gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
+            unit = a * tl.rsqrt(squares / R + eps) * gain
+            tl.store((key_ptr if key else read_ptr) + at, narrow(unit, q_ptr.dtype.element_ty), mask=c < C)
+    else:
+        at = b * width + c - 2 * G * R
+        if WRITE:
+            a *= 2.0 * _sigmoid(tl.load(write_ptr + at, mask=here, other=0.0).to(tl.float32))
+        tl.store(w_ptr + at, narrow(a, w_ptr.dtype.element_ty), mask=c < C)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _outputs(
     y_ptr, read_ptr, share_ptr, gate_ptr, out_ptr, rows, eps,
@@ -253,8 +304,8 @@ def _outputs_back(
 
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
-    safe = {kernel: {**launch, "BT": 32, "num_warps": 2} for kernel, launch in LAUNCH.items()}
-    return LAUNCH, safe
+    safe = {kernel: {"BT": 32, "num_warps": 2} for kernel in LAUNCH}
+    return LAUNCH, {**safe, "_inputs_step": {"num_warps": 2}}
 
 
 def sizes_of(R: int, V: int, dtype: torch.dtype) -> Sizes:
@@ -429,6 +480,50 @@ def inputs(
     *rows_of, read, key = out
     shaped = [y.unflatten(0, (B, T)) for y in rows_of]
     return *shaped, *((y.unflatten(0, (B, T)) if gain is not None else y) for y in (read, key))
+
+
+@torch.library.custom_op("llm_mlp::head_inputs_step", mutates_args=("tails",))
+def _step(
+    x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, gain: Tensor | None,
+    tails: Tensor | None, indices: Tensor | None, G: int, R: int, heads: list[int], eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _fresh_inputs(x, gain, G, R, heads)
+    B, C = x.shape
+    constants = _constants(conv, slope, write, gain, None)
+    constants.pop("CARRIED")
+    way = plan("heads_step", sizes_of(R, heads[1], x.dtype))
+    with way.compiling():
+        _inputs_step[(B, triton.cdiv(C, R))](
+            x, tails, conv, slope, write, gain, indices, *out, x.stride(0), G, C, out[2][0].numel(), eps,
+            R=R, **constants, INDEXED=indices is not None, **way.of(candidates())["_inputs_step"],
+        )  # fmt: skip
+    return out
+
+
+@_step.register_fake
+def _(x, conv, slope, write, gain, tails, indices, G, R, heads, eps):
+    return _fresh_inputs(x, gain, G, R, heads)
+
+
+def inputs_step(
+    x: Tensor,
+    conv: Tensor | None,
+    slope: Tensor | None,
+    write: Tensor | None,
+    gain: Tensor | None,
+    tails: Tensor | None,
+    indices: Tensor | None,
+    *,
+    groups: int,
+    read_width: int,
+    heads: tuple[int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`inputs` of one token of each sequence: x ``[B, C]``; ``tails [N, K-1, C]``, contiguous, change in place."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    write = None if write is None else aligned(write)
+    return _step(x, conv, slope, write, gain, tails, indices, groups, read_width, list(heads), eps)
 
 
 @torch.library.custom_op("llm_mlp::head_outputs", mutates_args=())

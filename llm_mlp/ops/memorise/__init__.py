@@ -12,6 +12,8 @@ bounded set. Neither grows with the context. After arXiv 2607.02303.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,12 +118,14 @@ def memorise_step(
     block: int = 256,
     slots: int = 64,
     activation: str = "relu2",
+    backend: str = "auto",
 ) -> Tensor:
     """One token of a batch: writes the token's row, reads, takes a full block into the slots, advances length.
 
     Args:
         q, k: ``[B, G, R]``. w: ``[B, G, m, V]``. score: ``[B, G]``. sink: ``[G]``.
         units: pool of N, changed in place. state_indices: as in `perceive_step`.
+        backend: ``auto | chunked | triton`` (chunked: plain torch).
 
     Returns:
         y ``[B, G, m, V]`` in w's dtype; 0 in padding rows. Not differentiable.
@@ -142,8 +146,16 @@ def memorise_step(
     if debugging():
         check_values("memorise_step", q=q, k=k, w=w, sink=sink, score=score)
         check_values("memorise_step", **{"units.keys": units.keys, "units.values": units.values})
+    not_served = _step_not_served(q, k, w, units, block)
+    sizes = R, m * V, block, slots, activation, q.dtype, units.keys.dtype
+    kind = choose("memorise_step", backend, q.device, not_served, lambda: _step_untrusted(q.device, *sizes))
+    run = step.memorise_step
+    if kind == "triton":
+        from llm_mlp.ops.memorise import step_kernels  # triton is optional
+
+        run = step_kernels.memorise_step
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return step.memorise_step(q, k, w, score, sink, units, state_indices, block, slots, activation)
+        return run(q, k, w, score, sink, units, state_indices, block, slots, activation)
 
 
 def _not_served(R: int, m: int, V: int, dtype: torch.dtype) -> str | None:
@@ -157,6 +169,25 @@ def _not_served(R: int, m: int, V: int, dtype: torch.dtype) -> str | None:
     if (2 * R + m * V) * dtype.itemsize > 1536:
         return f"R = {R}, m * V = {m * V} in {dtype} (2 R + m V up to {1536 // dtype.itemsize} is: its tiles on chip)"
     return None
+
+
+def _step_not_served(q: Tensor, k: Tensor, w: Tensor, units: Units, block: int) -> str | None:
+    """What the step's kernel does not serve; None if it serves it."""
+    if not q.dtype == k.dtype == w.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtypes {q.dtype}, {k.dtype}, {w.dtype} (one of bfloat16, float16 and float32 is)"
+    if block == 0 or not all(x.is_contiguous() for x in units) or units.scores.dtype != torch.float32:
+        return "no block" if block == 0 else "units that are not contiguous or have scores in float64"
+    R, width = q.shape[-1], w.shape[-2] * w.shape[-1]
+    if R & (R - 1) or not 16 <= R <= 256 or width > 512:
+        return f"R = {R}, m * V = {width} (R a power of two from 16 to 256, m * V up to 512 is)"
+    return None
+
+
+def _step_untrusted(device: torch.device, *sizes: Any) -> str | None:
+    """Why ``auto`` may not choose the step's kernel."""
+    from llm_mlp.ops.memorise import step_kernels  # triton is optional
+
+    return tune.untrusted("memorise_step", step_kernels.sizes_of(*sizes), str(device))
 
 
 def _untrusted(R: int, m: int, V: int, activation: str, like: Tensor) -> str | None:

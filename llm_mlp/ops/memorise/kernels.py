@@ -31,9 +31,9 @@ from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 # How each kernel is launched, and its tiles of queries and rows; benchmarks/tune_kernels.py checks and times others.
 LAUNCH: Table = {
-    "_read": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+    "_read": {"BQ": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "_read_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
-    "_rows_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+    "_rows_back": {"BQ": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
 }
 EMPTY = -1  # a slot without a row; below it, -2 - n is the n-th carried row
 

@@ -128,6 +128,7 @@ def perceive_step(
     state_indices: Tensor | None = None,
     *,
     return_residual: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One token of a batch; ``states`` change in place. Not differentiable.
 
@@ -137,6 +138,7 @@ def perceive_step(
         state_indices: distinct integers ``[B]``: row b uses ``states[state_indices[b]]``; -1 is a padding row
             (y = 0, nothing written). None: row b uses ``states[b]`` and N = B.
         return_residual: also return ``|u|^2`` ``[B, G, m]``.
+        backend: ``auto | chunked | triton`` (chunked: plain torch).
 
     Returns:
         y ``[B, G, m, V]`` in w's dtype, or ``(y, residual)``.
@@ -146,14 +148,22 @@ def perceive_step(
     for name, tensor, shape in (("k", k, (B, G, F)), ("w", w, (B, G, m, V))):
         expect("perceive_step", name, tensor, shape)
     _erase("perceive_step", k, e)
-    e = _erase_of("step", k, e, e.dtype)
     expect("perceive_step", "log_decay", log_decay, (B, G, m))
     N = states.shape[0] if state_indices is not None else B
     expect("perceive_step", "states", states, (N, G, F, m, V))
     check_indices("perceive_step", state_indices, B, N)
     check_values("perceive_step", q=q, k=k, e=e, w=w, states=states, log_decay=log_decay)
+    kinds = {t.dtype for t in (q, k, w)}
+    not_served = _step_not_served(F, m, V, q.dtype if len(kinds) == 1 else None, states)
+    kind = choose("perceive_step", backend, q.device, not_served, lambda: _step_untrusted(F, m, V, q, e, states))
+    e = _erase_of(kind, k, e, torch.float32)
+    run: Callable = step.perceive_step
+    if kind == "triton":
+        from llm_mlp.ops.perceive import step_kernels  # triton is optional
+
+        run = step_kernels.run
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        y, residual = step.perceive_step(q, k, e, w, log_decay, states, state_indices)
+        y, residual = run(q, k, e, w, log_decay, states, state_indices)
     return (y, residual) if return_residual else y
 
 
@@ -186,6 +196,27 @@ def _not_served(F: int, m: int, V: int, dtype: torch.dtype) -> str | None:
 
 
 _TRANSITION = 1, 16  # m and V at which a transition's kernels, which have neither, are checked
+
+
+def _step_not_served(F: int, m: int, V: int, dtype: torch.dtype | None, states: Tensor) -> str | None:
+    """What the step's kernel does not serve; None if it serves it."""
+    if dtype is None or states.dtype == torch.float64:
+        return "inputs of several dtypes" if dtype is None else f"states in {states.dtype}"
+    if not states.is_contiguous():
+        return "states that are not contiguous"
+    if F & (F - 1) or not 16 <= F <= 1024:
+        return f"F = {F} (powers of two from 16 to 1,024 are)"
+    if V > 128:
+        return f"V = {V} (up to 128 is)"
+    return None if dtype in (torch.bfloat16, torch.float16, torch.float32) else f"dtype {dtype}"
+
+
+def _step_untrusted(F: int, m: int, V: int, like: Tensor, e: Tensor, states: Tensor) -> str | None:
+    """Why ``auto`` may not choose the step's kernel."""
+    from llm_mlp.ops.perceive import step_kernels  # triton is optional
+
+    sizes = step_kernels.sizes_of(F, m, V, e.ndim == 2, like.dtype, states.dtype)
+    return tune.untrusted("perceive_step", sizes, str(like.device))
 
 
 def _erase(op: str, k: Tensor, e: Tensor) -> bool:

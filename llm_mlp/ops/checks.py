@@ -1,0 +1,326 @@
+"""What a kernel's check runs: an op's kernels, and plain torch in the same dtype and in float64, on the same inputs.
+
+The rule: a tensor passes whose root mean square error is at most twice that of `chunked`, or 2 eps of its dtype times
+the truth's root mean square, and whose largest error is at most three times as large as allowed on that count; four
+times where it has under 1,000 numbers, whose error is chance. The truth is `chunked` in float64 on the rounded inputs.
+Each entry of ``_CASES`` gives, for the sizes that `llm_mlp.ops.tune` knows a launch by, pairs of a function (of a
+backend: a function of the inputs) and its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_mlp.ops.tune import Sizes
+
+Case = tuple[Callable[[str], Callable[..., Sequence[Tensor]]], list[Tensor]]
+
+
+def compare(
+    names: Sequence[str],
+    got: Sequence[Tensor],
+    yard: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    largest: float = 3,
+) -> list[str]:
+    """What the rule above says of the tensors; ``largest``: how far it lets the largest error go."""
+    failures = []
+    for name, g, y, t in zip(names, got, yard, truth, strict=True):
+        if not g.isfinite().all():
+            failures.append(f"{name}: not finite")
+            continue
+        if not t.numel():
+            continue
+        mine, other = g.double() - t, y.double() - t
+        few = 4 if t.numel() < 1000 else 1
+        floor = 2 * torch.finfo(g.dtype).eps * float(t.square().mean().sqrt())
+        for what, a, b, slack in (
+            ("rms", mine.square().mean().sqrt(), other.square().mean().sqrt(), 1),
+            ("largest", mine.abs().max(), other.abs().max(), largest),
+        ):
+            if not float(a) <= few * slack * max(2 * float(b), floor):
+                failures.append(f"{name}: {what} error {float(a):.3g}, of chunked {float(b):.3g}")
+    return failures
+
+
+def both_ways(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, and gradients of a fixed random projection of them."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = [o for o in run(*leaves) if o.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    loss = sum(
+        (o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)).sum()
+        for o in outputs
+    )
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)  # type: ignore[arg-type]
+    return [o.detach() for o in outputs] + [g for g in grads if g is not None]
+
+
+def _forward_only(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    return list(run(*(x.detach().clone() for x in inputs)))
+
+
+def _perceive_cases(F: int, m: int, V: int, scalar: bool, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.perceive import kernels, perceive
+
+    B, T, G = 2, 200, 2
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k = (torch.nn.functional.normalize(normal(B, T, G, F), dim=-1).to(dtype) for _ in range(2))
+    beta = 1.9 * torch.rand((B, T, G), generator=generator)
+    e = beta if scalar else (k.float() * beta[..., None]).to(dtype)
+    w, state = normal(B, T, G, m, V).to(dtype), normal(B, G, F, m, V)
+    mild = -torch.rand((B, T, G, m), generator=generator) / 8
+    wild = torch.where(torch.rand((B, T, G, m), generator=generator) < 0.02, -torch.inf, mild * 40)
+    wild[0] = mild[0]
+
+    def run(backend: str, spans: bool) -> Callable:
+        def call(*x: Tensor) -> Sequence[Tensor]:
+            before = kernels.SPAN, kernels.FULL
+            if spans:
+                kernels.SPAN, kernels.FULL = 64, 10**6
+            try:
+                return perceive(*x, return_residual=True, backend=backend)
+            finally:
+                kernels.SPAN, kernels.FULL = before
+
+        return call
+
+    def inputs(decay: Tensor) -> list[Tensor]:
+        return [x.to(device) for x in (q, k, e, w, decay, state)]
+
+    return [
+        (lambda backend: run(backend, False), inputs(mild)),  # type: ignore[list-item]
+        (lambda backend: run(backend, False), inputs(wild)),  # type: ignore[list-item]
+        (lambda backend: run(backend, True), inputs(wild)),  # type: ignore[list-item]
+    ]
+
+
+def _memorise_cases(R: int, width: int, activation: str, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.memorise import memorise
+
+    B, T, G = 2, 300, 2
+    size: dict[str, Any] = {"block": 128, "slots": 32, "activation": activation}
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    q, k, w = normal(B, T, G, R), normal(B, T, G, R), normal(B, T, G, 1, width)
+    score = torch.rand((B, T, G), generator=generator).to(device)
+    sink = torch.zeros(G, device=device)
+
+    def run(backend: str, carried: bool) -> Callable:
+        def call(q: Tensor, k: Tensor, w: Tensor, sink: Tensor) -> Sequence[Tensor]:
+            own = score.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+            if not carried:
+                y, units = memorise(q, k, w, own, sink, **size, backend=backend)
+                return y, units.keys, units.values
+            first, units = memorise(q[:, :200], k[:, :200], w[:, :200], own[:, :200], sink, **size, backend=backend)
+            y, units = memorise(
+                q[:, 200:], k[:, 200:], w[:, 200:], own[:, 200:], sink, units, **size, backend=backend
+            )  # fmt: skip
+            return first, y, units.keys, units.values
+
+        return call
+
+    inputs = [q, k, w, sink]
+    return [(lambda backend: run(backend, False), inputs), (lambda backend: run(backend, True), inputs)]
+
+
+def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.heads import head_inputs, head_outputs
+
+    B, T, G, m, K = 2, 300, 2, 2, 4
+    width, C = G * m * V, 2 * G * R + G * m * V
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    if not R:  # what comes after the ops has none
+        rows = (B, T, G, m)
+        inputs = [x.to(dtype) for x in (normal(*rows, V), normal(*rows, V), normal(*rows), normal(B, T, width))]
+        return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
+
+    def run(backend: str) -> Callable:
+        def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, gain: Tensor, *tail: Tensor):
+            found, new = head_inputs(
+                x, conv, slope, write, gain, *tail,
+                groups=G, heads=(m, V), eps=1e-6, backend=backend,
+            )  # fmt: skip
+            return [y for y in (*found, new) if y is not None]
+
+        return call
+
+    inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
+    inputs += [normal(B, T, width).to(dtype), 1 + normal(2, R) / 4]
+    return [(run, inputs), (run, [*inputs, normal(B, K - 1, C).to(dtype)])]
+
+
+def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.cross_entropy import linear_cross_entropy
+
+    n, D, vocabulary = 300, 64, 5003
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn((r, D), generator=generator).to(dtype).to(device) for r in (n, vocabulary))
+    targets = torch.randint(vocabulary, (n,), generator=generator).to(device)
+    targets[::7] = -100
+
+    def run(cap: float) -> Callable:
+        def of(backend: str) -> Callable:
+            return lambda h, w: [linear_cross_entropy(h, w, targets, cap=cap, backend=backend)]
+
+        return of
+
+    return [(run(0.0), [hidden, weight]), (run(15.0), [hidden, weight])]
+
+
+def _normals(seed: int, device: str) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device)
+
+
+def _perceive_step_cases(
+    F: int, m: int, V: int, scalar: bool, state: str, dtype: torch.dtype, device: str
+) -> list[Case]:
+    from llm_mlp.ops.perceive import perceive_step
+
+    B, N, G = 3, 5, 2
+    normal, unit = _normals(1, device), torch.nn.functional.normalize
+    q, k = (unit(normal(B, G, F), dim=-1).to(dtype) for _ in range(2))
+    e = normal(B, G).sigmoid() if scalar else k * normal(B, G, 1).sigmoid().to(dtype)
+    inputs = [q, k, e, normal(B, G, m, V).to(dtype), -normal(B, G, m).abs()]
+    inputs.append(normal(N, G, F, m, V).to(getattr(torch, state)))
+
+    def run(rows: list[int] | None) -> Callable:
+        def of(backend: str) -> Callable:
+            def call(*x: Tensor) -> Sequence[Tensor]:
+                q, k, e, w, decay, states = x
+                states = states[:B].clone() if rows is None else states.clone()
+                at = None if rows is None else torch.tensor(rows, device=device)
+                found = perceive_step(q, k, e, w, decay, states, at, return_residual=True, backend=backend)
+                return *found, states
+
+            return call
+
+        return of
+
+    return [(run(None), inputs), (run([4, -1, 0]), inputs)]
+
+
+def _memorise_step_cases(
+    R: int, width: int, block: int, slots: int, activation: str, rows: str, dtype: torch.dtype, device: str
+) -> list[Case]:
+    from llm_mlp.ops.memorise import memorise_step, units_init
+
+    B, G, N = 3, 2, 5
+    normal = _normals(1, device)
+    tokens = [
+        (normal(B, G, R).to(dtype), normal(B, G, R).to(dtype), normal(B, G, 1, width).to(dtype)) for _ in range(4)
+    ]
+    scores = [normal(B, G).abs() for _ in tokens]
+    start = units_init(
+        N, G, R, 1, width, block=block, slots=slots, dtype=getattr(torch, rows), device=torch.device(device)
+    )
+    # Sequences that are about to fill their first block, their fourth, and in the middle of one; their rows are filled.
+    length = torch.tensor([block - 2, 4 * block - 1, 3 * block + block // 2, 0, block - 1], device=device)
+    place = torch.arange(slots + block, device=device)
+    used = (place < torch.where(length >= block, slots, 0)[:, None]) | (
+        (place >= slots) & (place - slots < (length % block)[:, None])
+    )
+    kept = torch.where(used[:, None], normal(N, G, slots + block).abs(), -torch.inf)
+    kept[..., :slots] = kept[..., :slots].sort(-1, descending=True).values
+    inputs = [*(x for token in tokens for x in token)]
+    inputs += [torch.where(used[:, None, :, None], normal(N, G, slots + block, R), 0).to(start.keys.dtype)]
+    inputs += [torch.where(used[:, None, :, None], normal(N, G, slots + block, width), 0).to(start.keys.dtype)]
+
+    def run(at: list[int] | None) -> Callable:
+        def of(backend: str) -> Callable:
+            def call(*x: Tensor) -> Sequence[Tensor]:
+                units = start._replace(
+                    keys=x[-2].clone(), values=x[-1].unsqueeze(3).clone(), scores=kept.clone(), length=length.clone()
+                )
+                if x[-1].dtype == torch.float64:
+                    units = units._replace(scores=kept.double())
+                if at is None:
+                    units = type(units)(*(y[:B].clone() for y in units))
+                index = None if at is None else torch.tensor(at, device=device)
+                found = []
+                for n, score in enumerate(scores):
+                    q, k, w = x[3 * n : 3 * n + 3]
+                    own, sink = score.to(units.scores.dtype), torch.zeros(G, device=device)
+                    form: dict[str, Any] = {"block": block, "slots": slots, "activation": activation}
+                    found.append(memorise_step(q, k, w, own, sink, units, index, **form, backend=backend))
+                return *found, units.keys, units.values, units.scores.nan_to_num(neginf=-1.0).to(x[0].dtype)
+
+            return call
+
+        return of
+
+    return [(run(None), inputs), (run([4, -1, 1]), inputs)]
+
+
+def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.heads import head_inputs_step
+
+    B, N, G, m, K = 3, 5, 2, 2, 4
+    C, normal = 2 * G * R + G * m * V, _normals(1, device)
+    inputs = [normal(B, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4, normal(B, G * m * V).to(dtype)]
+    inputs += [1 + normal(2, R) / 4, normal(N, K - 1, C).to(dtype)]
+
+    def run(rows: list[int] | None) -> Callable:
+        def of(backend: str) -> Callable:
+            def call(*x: Tensor) -> Sequence[Tensor]:
+                tails = (x[-1][:B] if rows is None else x[-1]).clone()
+                index = None if rows is None else torch.tensor(rows, device=device)
+                token, conv, slope, write, gain, _ = x
+                found = head_inputs_step(
+                    token, conv, slope, write, gain, tails, index, groups=G, heads=(m, V), eps=1e-6, backend=backend
+                )
+                real = [b for b in range(B) if rows is None or rows[b] >= 0]
+                return *(y[real] for y in found if y is not None), tails
+
+            return call
+
+        return of
+
+    return [(run(None), inputs), (run([4, -1, 0]), inputs)]
+
+
+_CASES: dict[str, Callable[..., list[Case]]] = {
+    "perceive": _perceive_cases,
+    "memorise": _memorise_cases,
+    "heads": _heads_cases,
+    "cross_entropy": _cross_entropy_cases,
+    "perceive_step": _perceive_step_cases,
+    "memorise_step": _memorise_step_cases,
+    "heads_step": _heads_step_cases,
+}
+
+
+def check(op: str, sizes: Sizes, device: str) -> list[str]:
+    """What the kernels of an op get wrong at these sizes on a device, as text; empty if nothing."""
+    constants: dict[str, Any] = dict(sizes)
+    dtype = getattr(torch, constants.pop("dtype"))
+    # Beside 16-bit inputs the kernels multiply float32 in fewer bits; so may the yardstick.
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    cases = _CASES[op](**constants, dtype=dtype, device=device)
+    failures = []
+    ways = _forward_only if op.endswith("_step") else both_ways
+    for number, (run, inputs) in enumerate(cases):
+        truth = ways(run("chunked"), [x.double() for x in inputs])
+        yard, got, again = (ways(run(backend), inputs) for backend in ("chunked", "triton", "triton"))
+        names = [f"case {number}, tensor {n}" for n in range(len(got))]
+        failures += compare(names, got, yard, truth)
+        failures += [
+            f"{n}: two runs differ" for n, a, b in zip(names, got, again, strict=True) if not torch.equal(a, b)
+        ]
+    return failures

@@ -1,0 +1,187 @@
+"""`memorise_step` as Triton kernels: a program reads the units of one group of one sequence, and changes them in place.
+
+Rows are read once, those in use only. Where the token fills its block, the program also chooses the slots: it counts
+the rows ahead of each (by score, ties by age) and moves rows from the last slot to the first. Slots are sorted, so a
+row never moves towards the first slot, and no row is overwritten before it has moved.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_mlp.ops.memorise.units import Units
+from llm_mlp.ops.tiles import narrow
+from llm_mlp.ops.tune import Sizes, Table, aligned, plan
+
+LAUNCH: Table = {"_step": {"BK": 32, "num_warps": 4}}
+
+
+@triton.jit(do_not_specialize=["G"])
+def _step(
+    q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, y_ptr,
+    G, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, J: tl.constexpr,
+    BS: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = b
+    if INDEXED:
+        row = tl.load(index_ptr + b).to(tl.int64)
+    r, c = tl.arange(0, R), tl.arange(0, BW)
+    inside = c < width
+    at = b * G + g
+    if row < 0:
+        tl.store(y_ptr + at * width + c, tl.zeros((BW,), y_ptr.dtype.element_ty), mask=inside)
+    else:
+        ROWS: tl.constexpr = SLOTS + BLOCK
+        units = (row * G + g) * ROWS
+        keys, values, kept = key_ptr + units * R, value_ptr + units * width, kept_ptr + units
+        filled = (tl.load(length_ptr + row) % BLOCK).to(tl.int32)
+        new = SLOTS + filled
+        q = tl.load(q_ptr + at * R + r).to(tl.float32) * scale
+        own_k = narrow(tl.load(k_ptr + at * R + r).to(tl.float32), key_ptr.dtype.element_ty)
+        own_w = tl.load(w_ptr + at * width + c, mask=inside, other=0.0).to(tl.float32)
+        own_w = narrow(own_w, value_ptr.dtype.element_ty)
+        tl.store(keys + new * R + r, own_k)
+        tl.store(values + new * width + c, own_w, mask=inside)
+        tl.store(kept + new, tl.load(score_ptr + at))
+        sink = tl.load(sink_ptr + g).to(tl.float32)
+        z = tl.sum(q * own_k.to(tl.float32), 0)
+        if SOFTMAX:
+            best = tl.maximum(z, sink)
+            p = tl.exp(z - best)
+            total = p + tl.exp(sink - best)
+        else:
+            best = sink
+            p = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+            total = p + tl.exp(sink)
+        y = p * own_w.to(tl.float32)
+        for a in range(0, new, BK):
+            j = a + tl.arange(0, BK)
+            slot = tl.load(kept + j, mask=j < SLOTS, other=0.0)
+            seen = (j < new) & (slot > -float("inf"))
+            key = tl.load(keys + (j[:, None] * R + r[None, :]), mask=seen[:, None], other=0.0).to(tl.float32)
+            value = tl.load(
+                values + (j[:, None] * width + c[None, :]), mask=seen[:, None] & inside[None, :], other=0.0
+            ).to(tl.float32)
+            z = tl.sum(key * q[None, :], 1)
+            if SOFTMAX:
+                higher = tl.maximum(best, tl.max(tl.where(seen, z, -float("inf")), 0))
+                p = tl.where(seen, tl.exp(tl.where(seen, z, higher) - higher), 0.0)
+                shrink = tl.exp(best - higher)
+                total, y, best = total * shrink, y * shrink, higher
+            else:
+                z = tl.where(seen, tl.maximum(z, 0.0), 0.0)
+                p = z * z
+            total += tl.sum(p, 0)
+            y += tl.sum(p[:, None] * value, 0)
+        tl.store(y_ptr + at * width + c, narrow(y / total, y_ptr.dtype.element_ty), mask=inside)
+        if filled == BLOCK - 1:
+            tl.debug_barrier()  # the row that was just written is seen by all threads
+            j = tl.arange(0, J)
+            score = tl.load(kept + j, mask=j < ROWS, other=-float("inf"))
+            rank = tl.zeros((J,), tl.int32)
+            for a in range(0, ROWS, 32):
+                i = a + tl.arange(0, 32)
+                other = tl.load(kept + i, mask=i < ROWS, other=-float("inf"))
+                ahead = (other[None, :] > score[:, None]) | (
+                    (other[None, :] == score[:, None]) & (i[None, :] < j[:, None])
+                )
+                rank += tl.sum(ahead.to(tl.int32), 1)
+            STEPS: tl.constexpr = (SLOTS + BS - 1) // BS
+            for step in range(STEPS):
+                s = (STEPS - 1 - step) * BS + tl.arange(0, BS)
+                mine = rank[None, :] == s[:, None]
+                place = tl.sum(tl.where(mine, j[None, :], 0), 1)
+                top = tl.max(tl.where(mine, score[None, :], -float("inf")), 1)
+                there, used = (s < SLOTS)[:, None], (top > -float("inf"))[:, None]
+                key = tl.load(keys + (place[:, None] * R + r[None, :]), mask=there & used, other=0.0)
+                value = tl.load(
+                    values + (place[:, None] * width + c[None, :]), mask=there & used & inside[None, :], other=0.0
+                )
+                tl.debug_barrier()
+                tl.store(keys + (s[:, None] * R + r[None, :]), key, mask=there)
+                tl.store(values + (s[:, None] * width + c[None, :]), value, mask=there & inside[None, :])
+                tl.store(kept + s, top, mask=s < SLOTS)
+                tl.debug_barrier()
+            for a in range(SLOTS, ROWS, BS):
+                j = a + tl.arange(0, BS)
+                there = (j < ROWS)[:, None]
+                tl.store(keys + (j[:, None] * R + r[None, :]), tl.zeros((BS, R), key_ptr.dtype.element_ty), mask=there)
+                tl.store(
+                    values + (j[:, None] * width + c[None, :]),
+                    tl.zeros((BS, BW), value_ptr.dtype.element_ty),
+                    mask=there & inside[None, :],
+                )
+                tl.store(kept + j, tl.full((BS,), -float("inf"), tl.float32), mask=j < ROWS)
+
+
+@triton.jit
+def _advance(length_ptr, index_ptr, B, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
+    """One more token in each sequence."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = b.to(tl.int64)
+    if INDEXED:
+        row = tl.load(index_ptr + b, mask=b < B, other=-1).to(tl.int64)
+    used = (b < B) & (row >= 0)
+    tl.store(length_ptr + row, tl.load(length_ptr + row, mask=used, other=0) + 1, mask=used)
+
+
+def candidates() -> tuple[Table, Table]:
+    """Launch tables, the fast one first (see perceive/kernels.py)."""
+    return LAUNCH, {"_step": {"BK": 16, "num_warps": 2}}
+
+
+def sizes_of(
+    R: int, width: int, block: int, slots: int, activation: str, dtype: torch.dtype, rows: torch.dtype
+) -> Sizes:
+    """What `tune` knows a launch by; ``rows``: dtype of keys and values."""
+    kinds = (str(x).removeprefix("torch.") for x in (rows, dtype))
+    sizes = (("R", R), ("width", width), ("block", block), ("slots", slots), ("activation", activation))
+    return *sizes, *zip(("rows", "dtype"), kinds, strict=True)
+
+
+@torch.library.custom_op("llm_mlp::memorise_step", mutates_args=("keys", "values", "scores", "length"))
+def _memorise_step(
+    q: Tensor, k: Tensor, w: Tensor, score: Tensor, sink: Tensor, keys: Tensor, values: Tensor, scores: Tensor,
+    length: Tensor, indices: Tensor | None, block: int, slots: int, activation: str,
+) -> Tensor:  # fmt: skip
+    (B, G, R), width, rows = q.shape, w.shape[-2] * w.shape[-1], keys.shape[2]
+    y = torch.empty_like(w)
+    way = plan("memorise_step", sizes_of(R, width, block, slots, activation, q.dtype, keys.dtype))
+    with way.compiling():
+        _step[(B, G)](
+            q, k, w, score, sink, keys, values, scores, length, indices, y, G, width, R**-0.5,
+            R=R, BW=max(16, triton.next_power_of_2(width)), BLOCK=block, SLOTS=slots,
+            J=triton.next_power_of_2(rows), BS=16, SOFTMAX=activation == "softmax", INDEXED=indices is not None,
+            **way.of(candidates())["_step"],
+        )  # fmt: skip
+        _advance[(triton.cdiv(B, 256),)](length, indices, B, BLOCK=256, INDEXED=indices is not None, num_warps=1)
+    return y
+
+
+@_memorise_step.register_fake
+def _(q, k, w, score, sink, keys, values, scores, length, indices, block, slots, activation):
+    return torch.empty_like(w)
+
+
+def memorise_step(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    score: Tensor,
+    sink: Tensor,
+    units: Units,
+    indices: Tensor | None,
+    block: int,
+    slots: int,
+    activation: str,
+) -> Tensor:
+    """As `llm_mlp.ops.memorise_step` on checked inputs; units contiguous."""
+    if not q.numel():
+        return w
+    q, k, w, score = (aligned(x) for x in (q, k, w, score.float()))
+    return _memorise_step(q, k, w, score, sink.float().contiguous(), *units, indices, block, slots, activation)
