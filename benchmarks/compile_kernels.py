@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from llm_mlp.ops.cross_entropy import kernels as cross_entropy
 from llm_mlp.ops.heads import kernels as heads
 from llm_mlp.ops.memorise import kernels as memorise
+from llm_mlp.ops.memorise import step_kernels as memorise_steps
 from llm_mlp.ops.perceive import kernels as perceive
+from llm_mlp.ops.perceive import step_kernels as perceive_steps
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = (
@@ -41,7 +43,7 @@ TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 # Pointers to tensors in the inputs' dtype; all others are float32.
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 NARROW |= {"x", "tail", "write", "erase", "dx", "dwrite", "derase", "dread", "dkey", "read", "key", "logit"}
-NARROW |= {"share", "gate", "out", "dout", "dshare", "dgate"}
+NARROW |= {"value", "share", "gate", "out", "dout", "dshare", "dgate"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -169,6 +171,15 @@ def main() -> None:
             if "V" in constants:
                 size["BT"] *= max(1, 128 // args.value_width)
             show(kernel, {**constants, **size}, args.dtype, warps, args.stages, args.capability)
+        width, one = args.heads * args.value_width, perceive._Sizes.of(args.heads, args.value_width, 1)
+        form = {"R": args.features, "BW": width, "BLOCK": 256, "SLOTS": 64, "BK": 32, "J": 512, "BS": 16}
+        sizes = one.constants(args.heads, args.value_width)
+        for kernel, constants in (
+            (perceive_steps._step, {"F": args.features, **sizes, "SCALAR": True, "INDEXED": True}),
+            (memorise_steps._step, {**form, "SOFTMAX": False, "INDEXED": True}),
+            (heads._inputs_step, {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}),
+        ):
+            show(kernel, constants, args.dtype, warps, args.stages, args.capability)
 
 
 if __name__ == "__main__":

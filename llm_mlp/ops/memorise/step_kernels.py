@@ -49,16 +49,16 @@ def _step(
         tl.store(values + new * width + c, own_w, mask=inside)
         tl.store(kept + new, tl.load(score_ptr + at))
         sink = tl.load(sink_ptr + g).to(tl.float32)
-        z = tl.sum(q * own_k.to(tl.float32), 0)
+        own_z = tl.sum(q * own_k.to(tl.float32), 0)
         if SOFTMAX:
-            best = tl.maximum(z, sink)
-            p = tl.exp(z - best)
-            total = p + tl.exp(sink - best)
+            best = tl.maximum(own_z, sink)
+            own_p = tl.exp(own_z - best)
+            total = own_p + tl.exp(sink - best)
         else:
             best = sink
-            p = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
-            total = p + tl.exp(sink)
-        y = p * own_w.to(tl.float32)
+            own_p = tl.maximum(own_z, 0.0) * tl.maximum(own_z, 0.0)
+            total = own_p + tl.exp(sink)
+        y = own_p * own_w.to(tl.float32)
         for a in range(0, new, BK):
             j = a + tl.arange(0, BK)
             slot = tl.load(kept + j, mask=j < SLOTS, other=0.0)
@@ -108,15 +108,15 @@ def _step(
                 tl.store(kept + s, top, mask=s < SLOTS)
                 tl.debug_barrier()
             for a in range(SLOTS, ROWS, BS):
-                j = a + tl.arange(0, BS)
-                there = (j < ROWS)[:, None]
-                tl.store(keys + (j[:, None] * R + r[None, :]), tl.zeros((BS, R), key_ptr.dtype.element_ty), mask=there)
+                o = a + tl.arange(0, BS)
+                open_ = (o < ROWS)[:, None]
+                tl.store(keys + (o[:, None] * R + r[None, :]), tl.zeros((BS, R), key_ptr.dtype.element_ty), mask=open_)
                 tl.store(
-                    values + (j[:, None] * width + c[None, :]),
+                    values + (o[:, None] * width + c[None, :]),
                     tl.zeros((BS, BW), value_ptr.dtype.element_ty),
-                    mask=there & inside[None, :],
+                    mask=open_ & inside[None, :],
                 )
-                tl.store(kept + j, tl.full((BS,), -float("inf"), tl.float32), mask=j < ROWS)
+                tl.store(kept + o, tl.full((BS,), -float("inf"), tl.float32), mask=o < ROWS)
 
 
 @triton.jit
