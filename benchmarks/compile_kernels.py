@@ -160,14 +160,14 @@ def main() -> None:
         outputs = {"V": args.value_width, "READ": True, "GATE": True}
         for kernel, constants in (
             (heads._inputs, inputs),
-            (heads._inputs_back, {**inputs, "STEPS": heads.STEPS, "TAPS": 4, "PRECISION": precision}),
+            (heads._inputs_back, inputs),
             (heads._outputs, outputs),
             (heads._outputs_back, outputs),
             (cross_entropy._loss, {"CAP": True, "GRADIENT": True}),
         ):
             name = kernel.fn.__name__
             launch = cross_entropy.LAUNCH[name] if name == "_loss" else heads.LAUNCH[name]
-            size = {n: x for n, x in launch.items() if n in ("BT", "BLOCK")}
+            size = {n: x for n, x in launch.items() if n in ("BT", "BLOCK", "RUN")}
             if "V" in constants:
                 size["BT"] *= max(1, 128 // args.value_width)
             show(kernel, {**constants, **size}, args.dtype, warps, args.stages, args.capability)

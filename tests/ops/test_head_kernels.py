@@ -9,19 +9,26 @@ from op_cases import DEVICE, Earned, all_close, with_gradients
 from llm_mlp.ops.heads import head_inputs, head_outputs
 
 pytest.importorskip("triton", reason="the kernels are optional")
+kernels = pytest.importorskip("llm_mlp.ops.heads.kernels")
 
 # B, T, G, R, m, V, K, cu_seqlens, tail, what is switched off
 CASES = {
-    "plain": (2, 70, 2, 16, 2, 8, 4, None, False, ()),
-    "long": (1, 600, 1, 16, 1, 16, 4, None, False, ()),
-    "two-taps": (1, 65, 1, 32, 3, 16, 2, None, False, ()),
+    "plain": (2, 40, 2, 16, 2, 8, 4, None, False, ()),
+    "long": (1, 90, 1, 16, 1, 16, 4, None, False, ()),
+    "two-taps": (1, 35, 1, 32, 3, 16, 2, None, False, ()),
     "one-tap": (1, 9, 1, 16, 1, 16, 1, None, False, ()),
-    "packed": (1, 150, 2, 16, 1, 16, 4, [0, 0, 1, 3, 70, 70, 150], False, ()),
-    "packed-carried": (1, 150, 1, 16, 1, 16, 4, [0, 0, 1, 3, 70, 70, 150], True, ()),
+    "packed": (1, 75, 2, 16, 1, 16, 4, [0, 0, 1, 3, 40, 40, 75], False, ()),
+    "packed-carried": (1, 75, 1, 16, 1, 16, 4, [0, 0, 1, 3, 40, 40, 75], True, ()),
     "carried": (3, 2, 1, 16, 2, 16, 4, None, True, ()),
     "bare": (2, 40, 2, 16, 2, 16, 0, None, False, ("slope", "write", "gain")),
     "no-units": (1, 40, 1, 16, 2, 16, 4, None, False, ("gain",)),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """So that a backward pass has many runs."""
+    monkeypatch.setitem(kernels.LAUNCH, "_inputs_back", {**kernels.LAUNCH["_inputs_back"], "RUN": 16})
 
 
 def inputs_of(case, seed, dtype):
@@ -81,14 +88,14 @@ def earn(case, dtype, seeds):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs(case, dtype, poisoned):
-    earn(case, dtype, seeds=2)
+    earn(case, dtype, seeds=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_inputs_over_seeds(case, dtype, poisoned):
-    earn(case, dtype, seeds=32)
+    earn(case, dtype, seeds=8 if DEVICE == "cpu" else 32)
 
 
 @pytest.mark.parametrize("read", [True, False])
@@ -123,6 +130,8 @@ def test_bad_shapes_are_named():
         head_inputs(tensors["x"][..., :-1], None, None, None, None, **fixed)
     with pytest.raises(ValueError, match=r"head_inputs: write has shape"):
         head_inputs(tensors["x"], None, None, tensors["write"][..., 1:], None, **fixed)
+    with pytest.raises(ValueError, match=r"does not serve 5 taps"):
+        head_inputs(tensors["x"].to(DEVICE), torch.zeros(96, 5), None, None, None, **fixed, backend="triton")
     y = torch.zeros(1, 3, 1, 2, 8)
     with pytest.raises(ValueError, match=r"head_outputs: gate has shape"):
         head_outputs(y, None, None, torch.zeros(1, 3, 8), eps=1e-6)

@@ -121,7 +121,8 @@ def head_inputs(
     ):
         if tensor is not None:
             expect("head_inputs", name, tensor, shape)
-    kind = choose("head_inputs", backend, x.device, _not_served(R, V, x.dtype), lambda: _untrusted(R, V, x))
+    not_served = _not_served(R, V, x.dtype) or (f"{K} taps (up to 4 are)" if K > 4 else None)
+    kind = choose("head_inputs", backend, x.device, not_served, lambda: _untrusted(R, V, x))
     if kind != "triton" or not x.numel():
         new = None
         if conv is not None:

@@ -1,8 +1,7 @@
 """Triton kernels of `llm_mlp.ops.heads`: forward and backward, whole, packed and carried sequences.
 
 A program of `_inputs` computes a tile of tokens by one block of channels: a group's q or k (so that its norm is at
-hand), or as many values. The backward pass of the convolution needs the tile's later neighbours: programs overlap by
-K - 1 rows, and a product with a shifted unit matrix moves rows on chip.
+hand), or as many values.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.tiles import narrow, product
+from llm_mlp.ops.tiles import narrow
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 LAUNCH: Table = {
     "_inputs": {"BT": 32, "num_warps": 4},
-    "_inputs_back": {"BT": 32, "num_warps": 8},
+    "_inputs_back": {"RUN": 128, "num_warps": 1},
     "_inputs_step": {"num_warps": 1},
     "_outputs": {"BT": 32, "num_warps": 4},
     "_outputs_back": {"BT": 32, "num_warps": 4},
 }
-STEPS = 8  # tiles of a program of the backward pass: so many fewer partial sums
+TAPS = 4  # the widest convolution
 TINY = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 
 
@@ -110,92 +109,156 @@ def _inputs(
         tl.store(w_ptr + base + at, narrow(a, w_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _row(x_ptr, t, c, known, stride):
+    """Row ``t`` of x, zero before the first."""
+    return tl.load(x_ptr + t * stride + c, mask=known & (t >= 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _seen(x, j: tl.constexpr, tail_ptr, c, known, since, sequence, C, K: tl.constexpr, CARRIED: tl.constexpr):
+    """``x``, the row ``j`` before a token, where it is of the token's sequence; else that of its tail, or 0."""
+    x = tl.where(since >= j, x, 0.0)
+    if CARRIED:
+        row = sequence * (K - 1) + (K - 1) + since - j
+        x += tl.load(tail_ptr + row.to(tl.int64) * C + c, mask=known & (since < j), other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _tap(conv_ptr, c, known, j: tl.constexpr, K: tl.constexpr):
+    """What the input ``j`` tokens before is weighted with; without a convolution 1 of the token itself."""
+    tap = tl.full(c.shape, 1.0 if j == 0 else 0.0, tl.float32)
+    if K > 0:
+        tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known & (j < K), other=0.0).to(tl.float32)
+    return tap
+
+
 @triton.jit(do_not_specialize=["P"])
 def _inputs_back(
     x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, since_ptr, sequence_ptr,
     dq_ptr, dk_ptr, dw_ptr, dread_ptr, dkey_ptr,
     dx_ptr, dhead_ptr, dwrite_ptr, part_ptr,
     P, stride, G, C, width, eps,
-    R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, STEPS: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
-    UNITS: tl.constexpr, CARRIED: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
+    UNITS: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """``part_ptr [programs, C, K + 2]``: sums over a program's tokens of the gradients of taps, slope and gain."""
-    BACK: tl.constexpr = K - 1 if K > 0 else 0
-    OWN: tl.constexpr = BT - BACK  # rows whose later neighbours are in the tile
+    """One warp walks a run of tokens from the last to the first, so that the convolution's neighbours on both sides and
+    the sums over tokens stay in registers: nothing but the norms crosses threads. The K - 1 tokens after the run are
+    walked too, for what they owe to it. ``part_ptr [programs, C, 6]``: sums of the gradients of taps (4), slope, gain.
+    """
     block = tl.program_id(1)
-    i, f = tl.arange(0, BT), tl.arange(0, R)
+    f = tl.arange(0, R)
     c = block * R + f
     known = c < C
     kind = dx_ptr.dtype.element_ty
-    part = part_ptr + (tl.program_id(0).to(tl.int64) * C + c) * (K + 2)
-    dslope, dgain = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
-    tap_of = tl.arange(0, TAPS)
-    dtaps = tl.zeros((TAPS, R), tl.float32)
-    for step in range(STEPS):
-        begin = (tl.program_id(0) * STEPS + step).to(tl.int64) * OWN
-        there = begin + i < P
-        inside = there[:, None] & known[None, :]
-        own = (i < OWN) & there
-        mine = own[:, None] & known[None, :]
-        since = tl.load(since_ptr + begin + i, mask=there, other=0)
-        sequence = tl.load(sequence_ptr + begin + i, mask=there, other=0)
-        rows_ptr = x_ptr + begin * stride
-        y, slope, s = _activated(
-            rows_ptr, tail_ptr, conv_ptr, slope_ptr, i, c, since, sequence, inside, known, stride, C, K, SLOPE, CARRIED
-        )
+    BACK: tl.constexpr = K - 1 if K > 0 else 0
+    first = tl.program_id(0).to(tl.int64) * RUN
+    last = tl.minimum(first + RUN, P)
+    top = tl.minimum(last + BACK, P)
+    group, key = block % G, block >= G  # where the block is a group's q or k
+    slope, gain = tl.full((R,), 1.0, tl.float32), tl.full((R,), 1.0, tl.float32)
+    if SLOPE:
+        slope = tl.load(slope_ptr + c, mask=known, other=0.0).to(tl.float32)
+    # A row's gradient, and beside it the unit's gradient (q, k) or the gate's logits (values).
+    if block < 2 * G:
+        grad_ptr = (dk_ptr if key else dq_ptr) + group * R + f
+        other_ptr = (dkey_ptr if key else dread_ptr) + group * R + f
+        pace, other_known = G * R, known & UNITS
+        if UNITS:
+            gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
+    else:
+        grad_ptr = dw_ptr + (c - 2 * G * R)
+        other_ptr = (write_ptr if WRITE else dw_ptr) + (c - 2 * G * R)
+        pace, other_known = width, known & WRITE
+    tap0, tap1 = _tap(conv_ptr, c, known, 0, K), _tap(conv_ptr, c, known, 1, K)
+    tap2, tap3 = _tap(conv_ptr, c, known, 2, K), _tap(conv_ptr, c, known, 3, K)
+    zero = tl.zeros((R,), tl.float32)
+    d1, d2, d3 = zero, zero, zero  # dy of the later tokens of the sequence
+    dtap0, dtap1, dtap2, dtap3, dslope, dgain = zero, zero, zero, zero, zero, zero
+    x0, x1, x2, x3 = _row(x_ptr, top - 1, c, known, stride), zero, zero, zero
+    if K > 1:
+        x1 = _row(x_ptr, top - 2, c, known, stride)
+    if K > 2:
+        x2 = _row(x_ptr, top - 3, c, known, stride)
+    if K > 3:
+        x3 = _row(x_ptr, top - 4, c, known, stride)
+    grad = tl.load(grad_ptr + (top - 1) * pace, mask=known, other=0.0)
+    other = tl.load(other_ptr + (top - 1) * pace, mask=other_known, other=0.0)
+    for n in range(0, (top - first).to(tl.int32)):
+        t = top - 1 - n
+        own = t < last
+        da, with_it = grad.to(tl.float32), other.to(tl.float32)
+        # The next token's rows are on their way while this one is computed.
+        more = t > first
+        grad = tl.load(grad_ptr + (t - 1) * pace, mask=known & more, other=0.0)
+        other = tl.load(other_ptr + (t - 1) * pace, mask=other_known & more, other=0.0)
+        before = _row(x_ptr, t - (K if K > 0 else 1), c, known & more, stride)
+        since = tl.load(since_ptr + t)
+        sequence = tl.load(sequence_ptr + t)
+        y = tap0 * x0
+        s1, s2, s3 = zero, zero, zero
+        if K > 1:
+            s1 = _seen(x1, 1, tail_ptr, c, known, since, sequence, C, K, CARRIED)
+            y += tap1 * s1
+        if K > 2:
+            s2 = _seen(x2, 2, tail_ptr, c, known, since, sequence, C, K, CARRIED)
+            y += tap2 * s2
+        if K > 3:
+            s3 = _seen(x3, 3, tail_ptr, c, known, since, sequence, C, K, CARRIED)
+            y += tap3 * s3
+        s = _sigmoid(y * slope)
         a = y * s
         if block < 2 * G:
-            key = block >= G
-            base = begin * (G * R) + (block - G if key else block) * R
-            at = i[:, None] * (G * R) + f[None, :]
-            squares = tl.sum(a * a, 1)
+            squares = tl.sum(a * a, 0)
             r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
-            z = a * r[:, None]
-            dz = tl.load((dk_ptr if key else dq_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
-            da = (dz - z * tl.sum(dz * z, 1)[:, None]) * r[:, None]
+            z = a * r
+            da = (da - z * tl.sum(da * z, 0)) * r
             if UNITS:
-                gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
                 r = tl.rsqrt(squares / R + eps)
-                unit = a * r[:, None]
-                dunit = tl.load((dkey_ptr if key else dread_ptr) + base + at, mask=inside, other=0.0).to(tl.float32)
-                dgain += tl.sum(tl.where(mine, dunit * unit, 0.0), 0)
-                dunit *= gain[None, :]
-                da += (dunit - unit * (tl.sum(dunit * unit, 1) / R)[:, None]) * r[:, None]
-        else:
-            base = begin * width
-            at = i[:, None] * width + (c - 2 * G * R)[None, :]
-            da = tl.load(dw_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            if WRITE:
-                g = _sigmoid(tl.load(write_ptr + base + at, mask=inside, other=0.0).to(tl.float32))
-                tl.store(
-                    dwrite_ptr + base + at, narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty), mask=mine
-                )
-                da *= 2.0 * g
+                unit = a * r
+                dgain += tl.where(own, with_it * unit, 0.0)
+                with_it *= gain
+                da += (with_it - unit * (tl.sum(with_it * unit, 0) / R)) * r
+        elif WRITE:
+            g = _sigmoid(with_it)
+            tl.store(
+                dwrite_ptr + t * width + (c - 2 * G * R),
+                narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty),
+                mask=known & own,
+            )
+            da *= 2.0 * g
         bent = y * s * (1.0 - s)
-        if SLOPE:
-            dslope += tl.sum(tl.where(mine, da * y * bent, 0.0), 0)
-        dy = tl.where(inside, da * (s + slope[None, :] * bent), 0.0)
+        dslope += tl.where(own, da * y * bent, 0.0)
+        dy = tl.where(known, da * (s + slope * bent), 0.0)
         if CARRIED:  # what reaches back into the tails is added up elsewhere
-            first = mine & (since < BACK)[:, None]
-            tl.store(dhead_ptr + (sequence * BACK + since).to(tl.int64)[:, None] * C + c[None, :], dy, mask=first)
-        if K == 0:
-            dx = dy
-        else:
-            dx = tl.zeros((BT, R), tl.float32)
-            rounded = narrow(dy, kind)
-            for j in tl.static_range(K):
-                tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known, other=0.0).to(tl.float32)
-                if j == 0:
-                    dx += dy * tap[None, :]
-                else:  # of the token j later, if it is of the same sequence
-                    moved = (i[None, :] == i[:, None] + j) & (since >= j)[None, :]
-                    dx += product(narrow(tl.where(moved, 1.0, 0.0), kind), rounded, PRECISION) * tap[None, :]
-                x = _before(rows_ptr, tail_ptr, i, c, since, sequence, mine, j, stride, C, K, CARRIED)
-                dtaps += tl.where((tap_of == K - 1 - j)[:, None], tl.sum(dy * x, 0)[None, :], 0.0)
-        tl.store(dx_ptr + begin * C + (i[:, None] * C + c[None, :]), narrow(dx, kind), mask=mine)
-    tl.store(part[None, :] + tap_of[:, None], dtaps, mask=(tap_of < K)[:, None] & known[None, :])
-    tl.store(part + K, dslope, mask=known)
-    tl.store(part + K + 1, dgain, mask=known)
+            to = dhead_ptr + (sequence * BACK + since).to(tl.int64) * C + c
+            tl.store(to, dy, mask=known & own & (since < BACK))
+        dx = tap0 * dy + tap1 * d1 + tap2 * d2 + tap3 * d3
+        tl.store(dx_ptr + t * C + c, narrow(dx, kind), mask=known & own)
+        mine = tl.where(own, dy, 0.0)
+        dtap0 += mine * x0
+        dtap1 += mine * s1
+        dtap2 += mine * s2
+        dtap3 += mine * s3
+        # Where a sequence begins, nothing after it reaches back.
+        d3 = tl.where(since > 0, d2, 0.0)
+        d2 = tl.where(since > 0, d1, 0.0)
+        d1 = tl.where(since > 0, dy, 0.0)
+        x0 = x1 if K > 1 else before
+        if K > 1:
+            x1 = x2 if K > 2 else before
+        if K > 2:
+            x2 = x3 if K > 3 else before
+        if K > 3:
+            x3 = before
+    part = part_ptr + (tl.program_id(0).to(tl.int64) * C + c) * 6
+    tl.store(part, dtap0, mask=known)
+    tl.store(part + 1, dtap1, mask=known)
+    tl.store(part + 2, dtap2, mask=known)
+    tl.store(part + 3, dtap3, mask=known)
+    tl.store(part + 4, dslope, mask=known)
+    tl.store(part + 5, dgain, mask=known)
 
 
 @triton.jit
@@ -305,7 +368,7 @@ def _outputs_back(
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
     safe = {kernel: {"BT": 32, "num_warps": 2} for kernel in LAUNCH}
-    return LAUNCH, {**safe, "_inputs_step": {"num_warps": 2}}
+    return LAUNCH, {**safe, "_inputs_back": {"RUN": 64, "num_warps": 2}, "_inputs_step": {"num_warps": 2}}
 
 
 def sizes_of(R: int, V: int, dtype: torch.dtype) -> Sizes:
@@ -385,18 +448,17 @@ def _backward(
     back = max(K - 1, 0)
     way = plan("heads", sizes_of(R, V, x.dtype))
     launch = way.of(candidates())["_inputs_back"]
-    programs = triton.cdiv(P, (launch["BT"] - back) * STEPS)
+    programs = triton.cdiv(P, launch["RUN"])
     dx = x.new_empty((P, C))
     (dwrite,) = _like(x, write)
     dhead = torch.zeros((N if tail is not None else 0, back, C), dtype=torch.float32, device=x.device)
-    part = torch.empty((programs, C, K + 2), dtype=torch.float32, device=x.device)
+    part = torch.empty((programs, C, TAPS + 2), dtype=torch.float32, device=x.device)
     since, sequence = _places(tuple(bounds), x.device)
     with way.compiling():
         _inputs_back[(programs, triton.cdiv(C, R))](
             x, tail, conv, slope, write, gain, since, sequence,
             *(aligned(d) for d in (dq, dk, dw, dread, dkey)), dx, dhead, dwrite, part,
-            P, x.stride(0), G, C, width, eps, R=R, STEPS=STEPS, TAPS=triton.next_power_of_2(max(K, 1)),
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **constants, **launch,
+            P, x.stride(0), G, C, width, eps, R=R, **constants, **launch,
         )  # fmt: skip
     sums = part.sum(0)
     dtail = x.new_empty(0)
@@ -409,10 +471,10 @@ def _backward(
         dtail = dtail.to(tail.dtype)
     return (
         dx,
-        x.new_empty(0) if conv is None else sums[:, :K].to(conv.dtype, copy=True),
-        x.new_empty(0) if slope is None else sums[:, K].to(slope.dtype, copy=True),
+        x.new_empty(0) if conv is None else sums[:, :K].flip(1).to(conv.dtype, copy=True),
+        x.new_empty(0) if slope is None else sums[:, TAPS].to(slope.dtype, copy=True),
         dwrite,
-        x.new_empty(0) if gain is None else sums[: 2 * G * R, K + 1].view(2, G, R).sum(1).to(gain.dtype),
+        x.new_empty(0) if gain is None else sums[: 2 * G * R, TAPS + 1].view(2, G, R).sum(1).to(gain.dtype),
         dtail,
     )
 
