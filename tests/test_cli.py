@@ -257,3 +257,73 @@ def test_ctrl_c_saves_and_says_so_by_its_exit_status(config, tmp_path):
     )
     assert "--stop-after 99999999: expected a step from 1" in done.stderr
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+def test_contexts(call, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_MLP_CONTEXTS", str(tmp_path / "store"))
+    text = tmp_path / "book.txt"
+    text.write_text("The old man sat by the river. " * 20)
+    model = ("--model", trained)
+    status, out, err = call("context", "create", "book", *model, "--file", text)
+    assert status == 0 and out.startswith("book: ") and "tokens" in out, err
+    assert call("context", "append", "book", *model, "--text", " He had a boat.")[0] == 0
+    assert call("context", "fork", "book", "copy")[0] == 0
+    listed = json.loads(call("context", "ls", "--json")[1])
+    rows = {row["name"]: row for row in listed["contexts"]}
+    assert rows.keys() == {"book", "copy"} and rows["book"]["versions"] == 2 and listed["usage"]["objects"] == 2
+    assert "2 names, 2 objects" in call("context", "ls")[1]
+    # Asking reads nothing again, and says the same as reading everything.
+    greedy = ("--temperature", "0", "--max-tokens", "12")
+    status, asked, err = call("generate", *model, *greedy, "--context", "book", "--prompt", " It")
+    assert status == 0 and f"{rows['book']['tokens']:,} tokens, none read again" in err
+    shown = call("context", "show", "book", *model)[1]
+    assert "half-lives" in shown and "He had a boat." in shown and "units" in shown
+    assert json.loads(call("context", "show", "book", "--json")[1])["id"] == rows["book"]["id"]
+    status, out, _ = call("context", "undo", "book", *model)
+    assert status == 0 and f"{rows['book']['tokens']:,}" not in out
+    assert "are the same" in call("context", "diff", "book", "copy")[1]
+    assert json.loads(call("context", "diff", "book", "copy", "--json")[1])["tokens"][1] == rows["copy"]["tokens"]
+    assert call("context", "export", "copy", tmp_path / "shared.safetensors")[0] == 0
+    assert call("context", "import", tmp_path / "shared.safetensors", "mine")[0] == 0
+    assert call("generate", *model, *greedy, "--context", "mine", "--prompt", " It")[1] == asked
+    assert call("context", "rm", "copy")[0] == call("context", "rm", "mine")[0] == 0
+    assert "removed 0 expired names, 0 objects" in call("context", "gc")[1]
+    for args, says in (
+        (("context", "create", "book", *model, "--text", "x"), "'book' exists; choose another name, or --replace"),
+        (("context", "create", "../x", *model, "--text", "x"), "is no name for a context"),
+        (("context", "create", "x", *model), "give the text by --text or by --file"),
+        (("context", "create", "x", *model, "--file", tmp_path / "none.txt"), "none.txt: no such file"),
+        (("context", "show", "nobody"), "'nobody' does not exist"),
+        (("context", "undo", "book", *model), "0 marks to go back to"),
+        (("context", "import", text, "x"), "truncated or not a safetensors file"),
+        (("generate", *model, "--context", "nobody"), "'nobody' does not exist"),
+    ):
+        status, out, err = call(*args)
+        assert status == 1 and says in err and len(err.splitlines()) == 1, (args, err)
+    assert call("context", "create", "book", *model, "--text", "x", "--replace")[0] == 0
+
+
+def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_MLP_CONTEXTS", str(tmp_path / "store"))
+    for place in ("llm_mlp.infer.prefill.PREFILL", "llm_mlp.context.context.PREFILL"):
+        monkeypatch.setattr(place, 32)
+    from llm_mlp.context import Store
+
+    text = "A river runs through it, and through the town. " * 9
+    assert call("context", "create", "whole", "--model", trained, "--text", text)[0] == 0
+    commit = Store.commit
+
+    def interrupted(self, context, name=None, **more):
+        commit(self, context, name, **more)
+        if more.get("unfinished"):
+            raise KeyboardInterrupt
+
+    create = ("context", "create", "parts", "--model", trained, "--text", text, "--every", "64")
+    with monkeypatch.context() as m:
+        m.setattr(Store, "commit", interrupted)
+        assert call(*create)[0] == 130
+    assert "unfinished" in call("context", "ls")[1]
+    assert call(*create)[0] == 0
+    whole, parts = (Store().get(name) for name in ("whole", "parts"))
+    assert all((t == parts.state[name]).all() for name, t in whole.state.items())
+    assert "unfinished" not in call("context", "ls")[1]

@@ -19,6 +19,7 @@ LAYERS = [
     ["models", "data", "precision", "device"],
     ["checkpoint"],
     ["infer", "eval", "bench"],
+    ["context"],
     ["train"],
     ["recipes"],
     ["cli"],

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from llm_mlp.infer.prefill import read_tokens
 from llm_mlp.infer.sampling import Sampling, sample
 from llm_mlp.models import LM
+from llm_mlp.models.mixer import State
 
-PREFILL = 4096  # tokens read at once: bounds the memory a long prompt takes
+
+class Start(NamedTuple):
+    """A text that has been read: generation goes on from here without reading it again."""
+
+    tokens: Sequence[int] | Tensor  # its ids
+    state: State  # after it; not changed
+    logits: Tensor  # [1, vocabulary] of what follows it
 
 
 @torch.no_grad()
@@ -22,20 +32,22 @@ def generate(
     seed: int | None = None,
     stop: int | None = None,
     vocabulary: int | None = None,
+    start: Start | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one after another.
 
     Args:
-        prompt: at least one token id (a separator starts a text from nothing).
+        prompt: at least one token id (a separator starts a text from nothing); may be empty after a ``start``.
         max_tokens: how many at most. stop: an id that ends the text; it is not returned.
         seed: of the sampling; None draws a fresh one.
         vocabulary: ids from here on are never chosen (a model's vocabulary may be padded beyond its tokenizer's).
+        start: what stands before the prompt.
 
     Raises:
         ValueError: an empty prompt, or an id outside the vocabulary.
     """
     sampling = sampling or Sampling()
-    if not len(prompt):
+    if start is None and not len(prompt):
         raise ValueError("the prompt is empty; give at least one token")
     known = model.config.vocab_size
     for i in prompt:
@@ -44,15 +56,19 @@ def generate(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    ids = torch.tensor([list(prompt)], device=device)
-    state = None
-    for a in range(0, ids.shape[1], PREFILL):
-        out = model(ids[:, a : a + PREFILL], state, logits="last")
-        state = out.state
-    assert state is not None and out.logits is not None
-    logits = out.logits[:, -1]
     seen = torch.zeros((1, known), dtype=torch.bool, device=device)
-    seen[0, ids[0]] = True
+    state, position = None, 0
+    if start is not None:
+        before = torch.as_tensor(start.tokens, dtype=torch.int64)
+        seen[0, before.to(device)] = True
+        position = len(before)
+        # Steps change a state in place; the one we were given stays as it is.
+        state = {name: t.to(device, copy=True) for name, t in start.state.items()}
+        logits = start.logits.to(device, copy=True)
+    if len(prompt):
+        state, logits = read_tokens(model, prompt, state, position=position)
+        seen[0, torch.tensor(list(prompt), device=device)] = True
+    assert state is not None
     for i in range(max_tokens):
         if vocabulary is not None:
             logits[:, vocabulary:] = -torch.inf

@@ -7,7 +7,6 @@ import torch
 from model_cases import CASES, random_model
 
 from llm_mlp.infer import Sampling, generate, sample
-from llm_mlp.infer import generate as module_function
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -25,12 +24,10 @@ def test_greedy_is_the_naive_argmax(case):
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch):
-    import sys
-
     model = random_model("plain")
     prompt = (PROMPT * 8)[:70]
     whole = list(generate(model, prompt, max_tokens=10, sampling=Sampling(0)))
-    monkeypatch.setattr(sys.modules[module_function.__module__], "PREFILL", 13)
+    monkeypatch.setattr("llm_mlp.infer.prefill.PREFILL", 13)
     assert list(generate(model, prompt, max_tokens=10, sampling=Sampling(0))) == whole
 
 

@@ -1,0 +1,10 @@
+"""Contexts as files: a text that was read once is an object that can be saved, forked, shared and asked.
+
+`Context` is the object, `Reader` makes and extends it with a model, `Store` keeps many of them in a folder.
+"""
+
+from llm_mlp.context.context import Context, Reader, describe, diff
+from llm_mlp.context.format import ContextError, Manifest
+from llm_mlp.context.store import Found, Store, default_folder
+
+__all__ = ["Context", "ContextError", "Found", "Manifest", "Reader", "Store", "default_folder", "describe", "diff"]

@@ -1,0 +1,326 @@
+"""`Context`, the state of a model after a text; `Reader`, which makes and continues contexts with a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llm_mlp
+from llm_mlp.context.format import ContextError, Manifest, digest, read, tensors_digest, text_digest, write
+from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.infer import Start, read_tokens
+from llm_mlp.infer.prefill import PREFILL
+from llm_mlp.models import LM
+from llm_mlp.models.mixer import State
+
+log = logging.getLogger("llm_mlp.context")
+
+STATE = "state."  # before the names of the state's tensors in a file
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text and the state after it. Nothing changes it: what continues it is another one, what forks it the same."""
+
+    manifest: Manifest
+    tokens: Tensor  # int32 [T], on the CPU
+    state: State
+    logits: Tensor  # [1, vocabulary]
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, wherever they are."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, self.logits, *self.state.values()))
+
+    @property
+    def start(self) -> Start:
+        """What `llm_mlp.infer.generate` goes on from."""
+        return Start(self.tokens, self.state, self.logits)
+
+    def to(self, device: torch.device | str) -> Context:
+        """The same with its state on another device."""
+        state = {name: t.to(device) for name, t in self.state.items()}
+        return Context(self.manifest, self.tokens, state, self.logits.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they stand in a file."""
+        return {"tokens": self.tokens, "logits": self.logits, **{STATE + n: t for n, t in self.state.items()}}
+
+    def save(self, path: str | Path) -> None:
+        """Write it, whole or not at all.
+
+        Raises:
+            ContextError: it could not be written.
+        """
+        write(Path(path), self.manifest, self.tensors())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Context:
+        """Read a file, on the CPU. `Reader.adopt` says whether it fits a model.
+
+        Raises:
+            ContextError: missing, truncated, altered or not a context.
+        """
+        manifest, tensors = read(Path(path))
+        try:
+            tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
+        except KeyError as error:
+            raise ContextError(f"{path}: tensor {error} is missing; not a context of this project") from None
+        return cls(manifest, tokens, {n.removeprefix(STATE): t for n, t in tensors.items()}, logits)
+
+
+class Reader:
+    """A model and its tokenizer as what reads texts into contexts.
+
+    Args:
+        tokenizer: None where only ids are read; contexts then say so and fit any reader without one.
+    """
+
+    def __init__(self, model: LM, tokenizer: Tokenizer | None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of config, weights and tokenizer. Taken once: a model that is trained on needs another reader."""
+        config = json.dumps(self.model.config.model_dump(mode="json"), sort_keys=True)
+        return {
+            "config": hashlib.sha256(config.encode()).hexdigest()[:16],
+            "weights": tensors_digest(self.model.state_dict()).hexdigest()[:16],
+            "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else "none",
+        }
+
+    @cached_property
+    def build(self) -> dict[str, str]:
+        """What decides the last bits of a result, beside the device."""
+        try:
+            triton = version("triton")
+        except PackageNotFoundError:
+            triton = "none"
+        return {
+            "llm_mlp": llm_mlp.__version__,
+            "torch": torch.__version__,
+            "triton": triton,
+            "machine": platform.machine(),
+        }
+
+    @cached_property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, begin: bool) -> list[int]:
+        """Ids of a text; ``begin``: after the separator that starts a text from nothing."""
+        if self.tokenizer is None:
+            raise ContextError("this reader has no tokenizer; give token ids")
+        return [*([self.tokenizer.eos] if begin else []), *self.tokenizer.encode(text)]
+
+    def create(
+        self, tokens: Sequence[int] | Tensor, *, progress: Callable[[int], None] | None = None, mark: bool = True
+    ) -> Context:
+        """Read ids from nothing."""
+        return self._read(None, tokens, progress, mark)
+
+    def append(
+        self,
+        context: Context,
+        tokens: Sequence[int] | Tensor,
+        *,
+        progress: Callable[[int], None] | None = None,
+        mark: bool = True,
+    ) -> Context:
+        """Read on. ``mark``: the end is a place to come back to (`Store.undo`)."""
+        return self._read(context, tokens, progress, mark)
+
+    def pieces(self, context: Context | None, tokens: Tensor, every: int) -> Iterable[Context]:
+        """Contexts on the way to reading all of ``tokens`` (from nothing, whatever ``context`` has of them already).
+
+        ``every``: tokens between them, rounded up to pieces of `PREFILL`; the last is that of the whole text.
+
+        Raises:
+            ContextError: ``context`` is of another text.
+        """
+        done = 0
+        if context is not None:
+            done = len(context.tokens)
+            if done > len(tokens) or not torch.equal(context.tokens, tokens[:done].to(torch.int32)):
+                raise ContextError("the stored context is of another text; remove it or choose another name")
+        stride = -(-every // PREFILL) * PREFILL
+        if context is not None and done == len(tokens):
+            yield context
+        while done < len(tokens):
+            end = min(len(tokens), (done // stride + 1) * stride)
+            context = self._read(context, tokens[done:end], None, end == len(tokens))
+            done = end
+            yield context
+
+    def _read(
+        self,
+        before: Context | None,
+        tokens: Sequence[int] | Tensor,
+        progress: Callable[[int], None] | None,
+        mark: bool,
+    ) -> Context:
+        ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
+        if before is None:
+            state, logits = read_tokens(self.model, ids, progress=progress)
+            return self._made(ids.to(torch.int32), state, logits, None, [len(ids)] if mark else [])
+        self.check(before.manifest)
+        device = self.device
+        own = {name: t.to(device) for name, t in before.state.items()}
+        position = len(before.tokens)
+        state, logits = read_tokens(self.model, ids, own, position=position, progress=progress)
+        both = torch.cat([before.tokens, ids.to(torch.int32)])
+        marks = [*before.manifest.marks, *([len(both)] if mark else [])]
+        return self._made(both, state, logits, before, marks)
+
+    def _made(
+        self, tokens: Tensor, state: State, logits: Tensor, parent: Context | None, marks: list[int], **more: Any
+    ) -> Context:
+        kinds = {name.rsplit(".", 1)[-1]: str(t.dtype).removeprefix("torch.") for name, t in state.items()}
+        manifest = Manifest(
+            tokens=len(tokens),
+            text=text_digest(tokens),
+            **self.fingerprints,
+            dtypes=kinds,
+            device=self.device_name,
+            build=self.build,
+            parent=parent.id if parent else None,
+            marks=marks,
+            replayed=more.pop("replayed", parent.manifest.replayed if parent else False),
+            composed=parent.manifest.composed if parent else False,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
+        )
+        found = digest(manifest, Context(manifest, tokens, state, logits).tensors())
+        return Context(manifest.model_copy(update={"digest": found}), tokens, state, logits)
+
+    def replay(self, context: Context, tokens: int, nearest: Context | None) -> Context:
+        """``context`` as it was after its first ``tokens`` tokens, read again from ``nearest`` (None: from nothing)."""
+        ids = context.tokens[:tokens]
+        marks = [m for m in context.manifest.marks if m <= tokens]
+        if nearest is None:
+            state, logits = read_tokens(self.model, ids)
+        else:
+            own = {name: t.to(self.device) for name, t in nearest.state.items()}
+            done = len(nearest.tokens)
+            state, logits = read_tokens(self.model, ids[done:], own, position=done)
+        return self._made(ids.clone(), state, logits, nearest, marks, replayed=True)
+
+    # -- fitting ---------------------------------------------------------------------------------------------------
+
+    def check(self, manifest: Manifest, name: str = "context") -> None:
+        """Refuse a context of another model or tokenizer; say so where device or build are others.
+
+        Raises:
+            ContextError: it does not fit.
+        """
+        for what, own in self.fingerprints.items():
+            theirs = getattr(manifest, what)
+            if theirs != own:
+                raise ContextError(
+                    f"{name} {manifest.id}: made with another {what.rstrip('s') if what == 'weights' else what} "
+                    f"({what} {theirs}, this model's is {own}); load that model or read the text again"
+                )
+        if (manifest.device, manifest.build) != (self.device_name, self.build):
+            here = ", ".join(f"{n} {v}" for n, v in self.build.items())
+            there = ", ".join(f"{n} {v}" for n, v in manifest.build.items())
+            log.warning(
+                "%s %s was made on %s (%s), this is %s (%s): results agree within rounding, not to the bit",
+                name, manifest.id, manifest.device, there, self.device_name, here,
+            )  # fmt: skip
+
+    def adopt(self, context: Context, name: str = "context") -> Context:
+        """A loaded context, checked, with its state on the model's device.
+
+        Raises:
+            ContextError: it does not fit this model.
+        """
+        self.check(context.manifest, name)
+        expected = self.model.init_state(1, device="meta")
+        if found := expected.keys() ^ context.state.keys():
+            raise ContextError(f"{name} {context.id}: part {min(found)} of the state is missing, or is not the model's")
+        return context.to(self.device)
+
+
+# -- looking --------------------------------------------------------------------------------------------------------
+
+
+def describe(context: Context, model: LM | None = None) -> dict[str, Any]:
+    """What a context holds: a row a layer with the norm of its fast weights, the memorised units in use and their
+    scores (surprise), and, with a model, the half-lives of its heads in tokens (at a gate's resting value)."""
+    layers: dict[int, dict[str, Any]] = {}
+    for name, tensor in context.state.items():
+        _, digits, part = name.split(".", 2)
+        row = layers.setdefault(int(digits), {"layer": int(digits)})
+        if part == "fast_weights":
+            row["fast_weight_norm"] = round(float(tensor.float().norm()), 4)
+            row["head_norms"] = [round(float(x), 4) for x in tensor[0].float().pow(2).sum((1, 3)).sqrt().flatten()]
+        elif part == "units.scores":
+            used = tensor[0][tensor[0] > -torch.inf]
+            row["units_used"], row["units"] = used.numel(), tensor[0].numel()
+            if len(used):
+                row["surprise"] = {"median": round(float(used.median()), 4), "most": round(float(used.max()), 4)}
+    if model is not None:
+        for number, block in enumerate(model.blocks):
+            rate = getattr(block.mixer, "log_rate", None)
+            if rate is not None:
+                # softplus(0) = ln 2 is the decay rate's share at rest: the half-life is 1 / lambda tokens.
+                half = (-rate.detach().float()).exp()
+                layers.setdefault(number, {"layer": number})["half_lives"] = [round(float(x), 1) for x in half]
+    size = sum(t.numel() * t.element_size() for t in context.state.values())
+    return {
+        "manifest": context.manifest.model_dump(),
+        "id": context.id,
+        "state_bytes": size,
+        "bytes": context.bytes,
+        "layers": [layers[n] for n in sorted(layers)],
+    }
+
+
+def diff(a: Context, b: Context) -> dict[str, Any]:
+    """How two contexts differ: the tokens they begin with alike, and a row a layer with the distance of their fast
+    weights (relative to the first's norm) and the slots' rows that both hold."""
+    n = min(len(a.tokens), len(b.tokens))
+    unequal = (a.tokens[:n] != b.tokens[:n]).nonzero()
+    rows: dict[int, dict[str, Any]] = {}
+    for name in sorted(a.state.keys() & b.state.keys()):
+        _, number, part = name.split(".", 2)
+        row = rows.setdefault(int(number), {"layer": int(number)})
+        x, y = a.state[name].float().cpu(), b.state[name].float().cpu()
+        if x.shape != y.shape:
+            continue
+        if part == "fast_weights":
+            row["fast_weight_distance"] = round(float((x - y).norm() / x.norm().clamp(min=1e-30)), 6)
+        elif part == "units.keys":
+            used_a, used_b = (c.state[name.replace("keys", "scores")].cpu()[0] > -torch.inf for c in (a, b))
+            same = (x[0, :, :, None] == y[0, :, None]).all(-1) & used_a[:, :, None] & used_b[:, None]
+            row["units_shared"], row["units_used"] = int(same.any(2).sum()), [int(used_a.sum()), int(used_b.sum())]
+    return {
+        "a": a.id,
+        "b": b.id,
+        "tokens": [len(a.tokens), len(b.tokens)],
+        "common_tokens": int(unequal[0]) if len(unequal) else n,
+        "same_weights": a.manifest.weights == b.manifest.weights,
+        "layers": [rows[n] for n in sorted(rows)],
+    }

@@ -1,0 +1,473 @@
+"""A folder of contexts: immutable objects named by their content, and names that point at them.
+
+``objects/<id>.safetensors`` are contexts; ``names/<name>.json`` say which one a name means and which came before it.
+A commit writes the object, then the name, each whole or not at all: whenever a process is killed, every name means a
+complete context, the last one whose commit returned or the one before. Bytes are bounded: what is loaded by least
+recent use; on disk, objects without a name go first, then earlier versions (which can be made again from the token
+ids), and what has a name is never dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from llm_mlp.context.context import Context, Reader
+from llm_mlp.context.format import SUFFIX, ContextError, Manifest, read_manifest, token_bytes, whole
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+GIB = 2**30
+STALE = 3600  # seconds after which a temporary file is nobody's
+
+
+def default_folder() -> Path:
+    """``$LLM_MLP_CONTEXTS``, else ``$XDG_DATA_HOME/llm-mlp/contexts``, else ``~/.local/share/llm-mlp/contexts``."""
+    if own := os.environ.get("LLM_MLP_CONTEXTS"):
+        return Path(own)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "llm-mlp" / "contexts"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name and what it means."""
+
+    name: str
+    id: str
+    history: tuple[str, ...]  # ids from the oldest version to this one
+    created: str
+    expires: str | None
+    unfinished: bool  # a text whose reading was interrupted
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and datetime.fromisoformat(self.expires) <= datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What of a prompt is stored already, and why no more."""
+
+    context: Context | None
+    cached_tokens: int
+    reason: str
+
+
+class _Tier:
+    """Contexts held in some memory, the least recently used out first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._held: OrderedDict[str, Context] = OrderedDict()
+
+    def get(self, id_: str) -> Context | None:
+        if id_ in self._held:
+            self._held.move_to_end(id_)
+        return self._held.get(id_)
+
+    def put(self, context: Context) -> None:
+        if context.bytes > self.limit or context.id in self._held:
+            return
+        self._held[context.id] = context
+        self.bytes += context.bytes
+        while self.bytes > self.limit:
+            self.bytes -= self._held.popitem(last=False)[1].bytes
+
+    def drop(self, id_: str) -> None:
+        if gone := self._held.pop(id_, None):
+            self.bytes -= gone.bytes
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Store:
+    """Contexts in a folder, for any number of processes.
+
+    Args:
+        folder: made if it is not there. disk_bytes: of all objects. snapshot_bytes: of earlier versions among them.
+        ram_bytes, device_bytes: of contexts that are held loaded, in memory and on the model's GPU.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        disk_bytes: int = 50 * GIB,
+        snapshot_bytes: int = 10 * GIB,
+        ram_bytes: int = 2 * GIB,
+        device_bytes: int = GIB,
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else default_folder()
+        self.disk_bytes, self.snapshot_bytes = disk_bytes, snapshot_bytes
+        self._objects, self._names = self.folder / "objects", self.folder / "names"
+        try:
+            for part in (self._objects, self._names):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ContextError(f"{self.folder}: cannot be made a context store ({error})") from None
+        self._ram, self._device = _Tier(ram_bytes), _Tier(device_bytes)
+        self._manifests: dict[str, Manifest] = {}
+        self._lock = FileLock(self.folder / ".lock")
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """All names, in order; expired ones are not among them."""
+        names = sorted(path.stem for path in self._names.glob("*.json") if not path.name.startswith("."))
+        found = [self._entry(name) for name in names]
+        return [e for e in found if e is not None and not e.expired]
+
+    def look(self, name: str) -> Entry | None:
+        """What a name means; None if there is no such name or it has expired."""
+        found = self._entry(_checked(name))
+        return None if found is None or found.expired else found
+
+    def entry(self, name: str) -> Entry:
+        """What a name means.
+
+        Raises:
+            ContextError: no such name, an expired one, or one that is not allowed.
+        """
+        found = self.look(name)
+        if found is None:
+            known = ", ".join(e.name for e in self.entries()[:8]) or "none"
+            raise ContextError(f"context {name!r} does not exist in {self.folder} (or has expired); there are: {known}")
+        return found
+
+    def _entry(self, name: str) -> Entry | None:
+        path = self._names / f"{name}.json"
+        try:
+            row = json.loads(path.read_text(encoding="utf8"))
+            if row.get("format_version") != FORMAT_VERSION:
+                raise ContextError(f"{path}: format_version {row.get('format_version')!r}; this version reads 1")
+            return Entry(
+                name, row["id"], tuple(row["history"]), row["created"], row["expires"], bool(row["unfinished"])
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ContextError):
+                raise
+            raise ContextError(f"{path}: damaged ({error}); remove it with `context rm {name}`") from None
+
+    def _point(self, entry: Entry) -> None:
+        row = {k: v for k, v in vars(entry).items() if k != "name"} | {"format_version": FORMAT_VERSION}
+        with whole(self._names / f"{entry.name}.json") as temporary:
+            temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf8")
+
+    # -- contexts --------------------------------------------------------------------------------------------------
+
+    def _path(self, id_: str) -> Path:
+        return self._objects / f"{id_}{SUFFIX}"
+
+    def manifests(self) -> dict[str, Manifest]:
+        """Of every object, by id. Files that are no contexts are passed over."""
+        there = {path.stem for path in self._objects.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
+        self._manifests = {id_: m for id_, m in self._manifests.items() if id_ in there}
+        for id_ in there - self._manifests.keys():
+            with contextlib.suppress(ContextError):
+                self._manifests[id_] = read_manifest(self._path(id_))
+        return dict(self._manifests)
+
+    def manifest(self, name: str) -> Manifest:
+        """Of what a name means."""
+        return read_manifest(self._path(self.entry(name).id))
+
+    def get(self, name: str, reader: Reader | None = None) -> Context:
+        """The context that a name means; with a ``reader`` checked against its model, the state on its device.
+
+        Raises:
+            ContextError: no such name, a damaged file, or a context of another model.
+        """
+        return self._load(self.entry(name).id, reader)
+
+    def _load(self, id_: str, reader: Reader | None = None) -> Context:
+        gpu = reader is not None and reader.device.type != "cpu"
+        held = self._device.get(id_) if gpu else None
+        if held is not None and reader is not None:
+            reader.check(held.manifest)
+            return held
+        found = self._ram.get(id_)
+        if found is None:
+            found = Context.load(self._path(id_))
+            if found.id != id_:
+                raise ContextError(f"{self._path(id_)}: holds context {found.id}; the file was renamed or replaced")
+            self._ram.put(found)
+        with contextlib.suppress(OSError):
+            os.utime(self._path(id_))  # used just now
+        if reader is None:
+            return found
+        found = reader.adopt(found)
+        if gpu:
+            self._device.put(found)
+        return found
+
+    def commit(
+        self,
+        context: Context,
+        name: str | None = None,
+        *,
+        expires: timedelta | None = None,
+        replace: bool = False,
+        unfinished: bool = False,
+    ) -> str:
+        """Store a context, under a name if there is one; its id. When this returns it outlives a crash.
+
+        A name's next version has to continue its last one, unless ``replace``.
+
+        Raises:
+            ContextError: a name that is taken or not allowed, no room, or it could not be written.
+        """
+        with self._lock:
+            before = self.look(name) if name is not None else None
+            if before is not None and not replace and context.manifest.parent != before.id != context.id:
+                raise ContextError(f"context {name!r} exists and means another text; choose another name")
+            if not self._path(context.id).exists():
+                self._make_room(context.bytes, keep={context.id, *(before.history if before else ())})
+                context.save(self._path(context.id))
+            self._ram.put(context.to("cpu"))
+            if name is not None:
+                history = (*(before.history if before and not replace else ()),)
+                if not history or history[-1] != context.id:
+                    history = (*history, context.id)
+                until = (datetime.now(UTC) + expires).isoformat() if expires else None
+                until = until or (before.expires if before else None)
+                made = before.created if before else context.manifest.created
+                self._point(Entry(name, context.id, history, made, until, unfinished))
+            self._make_room(0, keep={context.id})
+        return context.id
+
+    def fork(self, name: str, new: str) -> Entry:
+        """Another name for the same context: nothing is copied, both go their own way from here.
+
+        Raises:
+            ContextError: no such name, or the new one is taken or not allowed.
+        """
+        with self._lock:
+            entry = self.entry(name)
+            if self.look(new) is not None:
+                raise ContextError(f"context {new!r} exists; choose another name")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            made = Entry(new, entry.id, entry.history, now, None, entry.unfinished)
+            self._point(made)
+        return made
+
+    def undo(self, name: str, reader: Reader, *, steps: int = 1, tokens: int | None = None) -> Context:
+        """Go back to an earlier mark: ``steps`` marks before the end, or the one at ``tokens``.
+
+        A version that is still stored is taken as it was; else the text is read again up to there, from the nearest
+        earlier version, and the context says so (`Manifest.replayed`).
+
+        Raises:
+            ContextError: no such mark, or the model does not fit.
+        """
+        entry = self.entry(name)
+        now = self._load(entry.id)
+        reader.check(now.manifest)
+        marks = [m for m in now.manifest.marks if m < now.manifest.tokens]
+        if tokens is None:
+            if not 1 <= steps <= len(marks):
+                raise ContextError(f"context {name!r} has {len(marks)} marks to go back to, not {steps}")
+            tokens = marks[-steps]
+        elif tokens not in marks:
+            known = ", ".join(map(str, marks[-8:])) or "none"
+            raise ContextError(f"context {name!r} has no mark at {tokens} tokens; the last ones: {known}")
+        stored = self.manifests()
+        older = [(stored[id_].tokens, id_) for id_ in entry.history if id_ in stored and stored[id_].tokens <= tokens]
+        # An interrupted version of the same text may be as long without being a mark's; the newest counts.
+        exact = [id_ for n, id_ in older if n == tokens]
+        if exact:
+            made = self._load(exact[-1], reader)
+        else:
+            nearest = self._load(max(older)[1]) if older else None
+            made = reader.replay(now, tokens, nearest)
+        with self._lock:
+            if not self._path(made.id).exists():
+                self._make_room(made.bytes, keep={made.id, *entry.history})
+                made.save(self._path(made.id))
+            history = tuple(id_ for n, id_ in older if n < tokens) + (made.id,)
+            self._point(Entry(name, made.id, history, entry.created, entry.expires, False))
+        return made
+
+    def remove(self, name: str) -> None:
+        """Forget a name; its objects go when no other name needs them (`gc`)."""
+        with self._lock:
+            path = self._names / f"{_checked(name)}.json"
+            if not path.exists():
+                self.entry(name)  # says what there is
+            path.unlink(missing_ok=True)
+        self.gc()
+
+    def export(self, name: str, path: str | Path) -> None:
+        """Write a context's file elsewhere."""
+        self._load(self.entry(name).id).save(path)
+
+    def import_(self, path: str | Path, name: str, *, replace: bool = False) -> Context:
+        """Take a context's file in under a name.
+
+        Raises:
+            ContextError: a file that is no context, cut or altered; a name that is taken.
+        """
+        context = Context.load(path)
+        self.commit(context, name, replace=replace)
+        return context
+
+    # -- looking up ------------------------------------------------------------------------------------------------
+
+    def find(self, tokens: Sequence[int] | Tensor, reader: Reader) -> Found:
+        """The stored context of this model whose text is the longest beginning of ``tokens``, or of all of them."""
+        ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
+        manifests = self.manifests()
+        if not manifests:
+            return Found(None, 0, "miss: nothing is stored")
+        own = reader.fingerprints
+        fitting = {
+            (m.tokens, m.text): id_
+            for id_, m in manifests.items()
+            if not m.composed and all(getattr(m, what) == value for what, value in own.items())
+        }
+        if not fitting:
+            return Found(None, 0, f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer")
+        data, running, done, best = token_bytes(ids), hashlib.sha256(), 0, None
+        for length in sorted({n for n, _ in fitting if n <= len(ids)}):
+            running.update(data[4 * done : 4 * length])
+            done = length
+            best = fitting.get((length, running.copy().hexdigest()), best)
+        if best is None:
+            return Found(None, 0, f"miss: none of {len(fitting)} stored texts begins this prompt")
+        try:
+            context = self._load(best, reader)
+        except ContextError as error:  # a damaged file is no reason to fail a request that can do without
+            return Found(None, 0, f"miss: {error}")
+        n = len(context.tokens)
+        return Found(context, n, f"hit: {n} of {len(ids)} tokens from {best}")
+
+    # -- room ------------------------------------------------------------------------------------------------------
+
+    def usage(self) -> dict[str, int]:
+        """Bytes and counts: objects on disk, those that are earlier versions, what is held loaded."""
+        sizes = self._sizes()
+        heads = {e.id for e in self.entries()}
+        older = {id_ for e in self.entries() for id_ in e.history} - heads
+        return {
+            "disk_bytes": sum(sizes.values()),
+            "objects": len(sizes),
+            "snapshot_bytes": sum(sizes.get(id_, 0) for id_ in older),
+            "ram_bytes": self._ram.bytes,
+            "ram_contexts": len(self._ram),
+            "device_bytes": self._device.bytes,
+        }
+
+    def gc(self) -> dict[str, int]:
+        """Remove expired names, objects that no name needs, and temporary files nobody writes any more."""
+        removed = {"names": 0, "objects": 0, "temporary": 0, "bytes": 0}
+        with self._lock:
+            for path in self._names.glob("*.json"):
+                with contextlib.suppress(ContextError):
+                    entry = self._entry(path.stem)
+                    if entry is not None and entry.expired:
+                        path.unlink(missing_ok=True)
+                        removed["names"] += 1
+            needed = {id_ for e in self.entries() for id_ in (e.id, *e.history)}
+            for id_, size in self._sizes().items():
+                if id_ not in needed:
+                    self._delete(id_)
+                    removed["objects"] += 1
+                    removed["bytes"] += size
+            for folder in (self._objects, self._names):
+                for path in folder.glob(".*.tmp"):
+                    with contextlib.suppress(OSError):
+                        if time.time() - path.stat().st_mtime > STALE:
+                            path.unlink()
+                            removed["temporary"] += 1
+        return removed
+
+    def _sizes(self) -> dict[str, int]:
+        found = {}
+        for path in self._objects.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(OSError):
+                if not path.name.startswith("."):
+                    found[path.stem] = path.stat().st_size
+        return found
+
+    def _delete(self, id_: str) -> None:
+        self._path(id_).unlink(missing_ok=True)
+        self._manifests.pop(id_, None)
+        self._ram.drop(id_)
+        self._device.drop(id_)
+
+    def _make_room(self, wanted: int, keep: set[str]) -> None:
+        """Drop objects until ``wanted`` more bytes fit, and earlier versions until they are within their budget."""
+        sizes = self._sizes()
+        entries = self.entries()
+        heads = {e.id for e in entries}
+        older = {id_ for e in entries for id_ in e.history} - heads
+        snapshots = sum(sizes.get(id_, 0) for id_ in older)
+        over = sum(sizes.values()) + wanted - self.disk_bytes
+        for id_ in self._oldest(set(sizes) - heads - older - keep):
+            if over <= 0:
+                break
+            over -= sizes[id_]
+            self._delete(id_)
+        for id_ in self._oldest((older & set(sizes)) - keep):
+            if over <= 0 and snapshots <= self.snapshot_bytes:
+                break
+            over -= sizes[id_]
+            snapshots -= sizes[id_]
+            self._delete(id_)
+        if over > 0 and wanted:
+            raise ContextError(
+                f"{self.folder}: no room for {wanted:,} bytes more within {self.disk_bytes:,} (the contexts that have "
+                f"names take {sum(sizes.get(h, 0) for h in heads):,}); remove some or raise the limit"
+            )
+
+    def _oldest(self, ids: set[str]) -> Iterator[str]:
+        """By last use."""
+
+        def used(id_: str) -> float:
+            try:
+                return self._path(id_).stat().st_mtime
+            except OSError:
+                return 0.0
+
+        return iter(sorted(ids, key=used))
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name) or name.endswith(".json"):
+        raise ContextError(
+            f"{name!r} is no name for a context: letters, digits, '.', '_' and '-' are allowed, a letter or digit "
+            "first, at most 128 (a file is taken in by `context import`)"
+        )
+    return name
+
+
+def summary(entry: Entry, manifest: Manifest | None) -> dict[str, Any]:
+    """A row of `llm-mlp context ls`."""
+    return {
+        "name": entry.name,
+        "id": entry.id,
+        "tokens": manifest.tokens if manifest else None,
+        "created": entry.created,
+        "expires": entry.expires,
+        "unfinished": entry.unfinished,
+        "versions": len(entry.history),
+        "replayed": manifest.replayed if manifest else None,
+        "device": manifest.device if manifest else None,
+        "weights": manifest.weights if manifest else None,
+    }
