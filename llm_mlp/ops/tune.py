@@ -100,6 +100,8 @@ def newest_assembler() -> str:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     found = [str(own / "ptxas-blackwell"), *(str(Path(home) / "bin" / "ptxas") for home in homes)]
     found += [path for path in (shutil.which("ptxas"), SYSTEM_ASSEMBLER) if path]
+    for place in getattr(find_spec("nvidia"), "submodule_search_locations", None) or ():  # pip install nvidia-cuda-nvcc
+        found += sorted(map(str, Path(place).glob("*/bin/ptxas")))
     best, best_version = "", _version(str(own / "ptxas"))
     for path in found:
         if (number := _version(path)) > best_version:
