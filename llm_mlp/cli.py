@@ -214,6 +214,49 @@ def generate(
 
 
 @app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint; none: random weights.")] = None,
+    preset: Annotated[str, typer.Option(help="Of the random weights.")] = "demo",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    tokens: Annotated[int, typer.Option(min=20, help="Of the text that is read in every way.")] = 600,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that every way of reading a text agrees on this machine, and show which backends run and why."""
+    from llm_mlp.checkpoint import load_model
+    from llm_mlp.config import ConfigError, ModelConfig, build
+    from llm_mlp.device import pick_device
+    from llm_mlp.doctor import environment, examine, report
+    from llm_mlp.models import build_model
+    from llm_mlp.precision import DTYPES
+
+    if dtype not in ("fp32", *DTYPES):
+        raise ConfigError(f"--dtype {dtype!r}: expected fp32, {' or '.join(DTYPES)}")
+    on = pick_device(device)
+    if model is not None:
+        lm, _ = load_model(model, device=on)
+    else:
+        lm = build_model(build(ModelConfig, {"preset": preset}), device=on).randomize_()
+    if dtype != "fp32":
+        lm = lm.to(DTYPES[dtype])
+    checks, chosen = examine(lm, tokens=tokens)
+    found = report(checks, chosen, environment(on))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        for name, value in found["environment"].items():
+            typer.echo(f"{name:20} {value}")
+        for row in chosen:
+            typer.echo(f"{row['op']:20} {row['backend']}: {row['why']}")
+        typer.echo(f"{'reading':26}{'error':>11}{'bound':>11}{'other tokens':>14}")
+        for c in checks:
+            verdict = "ok" if c.passed else "FAILED"
+            typer.echo(f"{c.name:26}{c.error:>11.3g}{c.bound:>11.3g}{c.differing:>14}  {verdict}  {c.note}".rstrip())
+    if not found["passed"]:
+        raise SystemExit(1)
+
+
+@app.command()
 def info(
     preset: Annotated[str | None, typer.Option(help="A preset, for example 900m or 125m-transformer.")] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="A checkpoint folder.")] = None,

@@ -20,7 +20,7 @@ LAYERS = [
     ["checkpoint"],
     ["infer", "eval", "bench"],
     ["context"],
-    ["train"],
+    ["train", "doctor"],
     ["recipes"],
     ["cli"],
     ["__main__"],

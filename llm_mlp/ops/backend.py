@@ -82,6 +82,19 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def noticed() -> Iterator[set[tuple[str, ...]]]:
+    """What ``auto`` chooses in the ``with`` block: (op, backend, device type, reason); it is also logged again."""
+    before = set(_logged)
+    _logged.clear()
+    found: set[tuple[str, ...]] = set()
+    try:
+        yield found
+    finally:
+        found.update(_logged)
+        _logged.update(before)
+
+
 def debugging() -> bool:
     """Whether the value checks are on."""
     return _debug
