@@ -512,13 +512,13 @@ def _text(text: str, file: Path | None) -> str:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _reader(model: Path, device: str) -> Any:
+def _reader(model: Path, device: str, transitions: bool = False) -> Any:
     from llm_mlp.checkpoint import load_model
     from llm_mlp.context import Reader
     from llm_mlp.device import pick_device
 
     logging.getLogger("llm_mlp.ops").setLevel(logging.WARNING)
-    return Reader(*load_model(model, device=pick_device(device)))
+    return Reader(*load_model(model, device=pick_device(device)), transitions=transitions)
 
 
 def _say(context: Any, name: str) -> None:
@@ -534,6 +534,7 @@ def context_create(
     text: Text = "",
     file: File = None,
     every: Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")] = 262_144,
+    composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
     replace: Replace = False,
     store: StoreDir = None,
     device: Device = "auto",
@@ -548,7 +549,7 @@ def context_create(
     entry = own.look(name)
     if entry is not None and not entry.unfinished and not replace:
         raise ContextError(f"context {name!r} exists; choose another name, or --replace")
-    reader = _reader(model, device)
+    reader = _reader(model, device, composable)
     tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
     begun = own.get(name, reader) if entry is not None and entry.unfinished and not replace else None
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -606,21 +607,36 @@ def context_show(
     name: ContextName,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Adds half-lives and the text's end.")] = None,
     store: StoreDir = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Measure what still comes back (reads it again).")] = False,
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
-    """What a context holds: norms of its fast weights, memorised units, half-lives."""
-    from llm_mlp.context import Store, describe
+    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls."""
+    from llm_mlp.config import ConfigError
+    from llm_mlp.context import Store, describe, measure_recall
+
+    if recall and model is None:
+        raise ConfigError("--recall asks the model: give it by --model")
 
     own = Store(store)
     own.entry(name)
     reader = _reader(model, device) if model else None
     context = own.get(name, reader)
     found = describe(context, reader.model if reader else None)
+    back = measure_recall(reader, context) if recall and reader is not None else None
+    if back is not None:
+        found["recall"] = vars(back) | {"rate": back.rate, "chance": back.chance, "interval": back.interval}
+        found["recall"] |= {"reach": back.reach, "warning": back.warning}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
     _say(context, name)
+    if back is not None:
+        low, high = back.interval
+        typer.echo(
+            f"recall {back.found} of {back.pairs} planted pairs, {back.rate:.1%} ({low:.1%} to {high:.1%}; by chance "
+            f"{back.chance:.1%}); {back.warning or 'all depths within reach'}"
+        )
     m = context.manifest
     typer.echo(f"made {m.created} on {m.device}, weights {m.weights}, parent {m.parent or 'none'}")
     typer.echo(f"marks {', '.join(map(str, m.marks)) or 'none'}; state {found['state_bytes'] / 1e6:.1f} MB")
@@ -688,6 +704,26 @@ def context_diff(
         if "units_shared" in row:
             parts.append(f"units shared {row['units_shared']} of {row['units_used'][0]} and {row['units_used'][1]}")
         typer.echo("  ".join(parts))
+
+
+@context_app.command("compose")
+def context_compose(
+    new: Annotated[str, typer.Argument(metavar="NEW")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    model: ModelDir,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """EXPERIMENTAL: one context of several documents', without reading them again (made with --composable)."""
+    from llm_mlp.context import ContextError, Store, compose
+
+    own = Store(store)
+    if own.look(new) is not None:
+        raise ContextError(f"context {new!r} exists; choose another name")
+    reader = _reader(model, device)
+    made = compose(reader, [own.get(name, reader) for name in names], [reader.tokenizer.eos])
+    own.commit(made, new)
+    _say(made, new)
 
 
 @context_app.command("export")

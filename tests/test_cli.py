@@ -338,3 +338,25 @@ def test_doctor(call, trained, monkeypatch):
     monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out
+
+
+def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_MLP_CONTEXTS", str(tmp_path / "store"))
+    model = ("--model", trained)
+    for name, text in (("a", "The old man sat by the river. "), ("b", "A boat came down the stream. ")):
+        assert call("context", "create", name, *model, "--text", text * 12, "--composable")[0] == 0
+    assert call("context", "create", "c", *model, "--text", "No more.")[0] == 0
+    status, out, _ = call("context", "compose", "both", "a", "b", *model)
+    assert status == 0 and out.startswith("both: ")
+    assert call("generate", *model, "--context", "both", "--prompt", " It", "--max-tokens", "3")[0] == 0
+    status, out, _ = call("context", "show", "a", *model, "--recall")
+    assert status == 0 and "of 64 planted pairs" in out
+    assert json.loads(call("context", "show", "a", *model, "--recall", "--json")[1])["recall"]["pairs"] == 64
+    for args, says in (
+        (("compose", "x", "a", "c", *model), "read without its transitions"),
+        (("compose", "both", "a", *model), "'both' exists"),
+        (("show", "a", "--recall"), "--recall asks the model"),
+        (("show", "both", *model, "--recall"), "is composed"),
+    ):
+        status, _, err = call("context", *args)
+        assert status == 1 and says in err, (args, err)

@@ -3,8 +3,23 @@
 `Context` is the object, `Reader` makes and extends it with a model, `Store` keeps many of them in a folder.
 """
 
+from llm_mlp.context.compose import compose
 from llm_mlp.context.context import Context, Reader, describe, diff
 from llm_mlp.context.format import ContextError, Manifest
+from llm_mlp.context.recall import Recall, measure_recall
 from llm_mlp.context.store import Found, Store, default_folder
 
-__all__ = ["Context", "ContextError", "Found", "Manifest", "Reader", "Store", "default_folder", "describe", "diff"]
+__all__ = [
+    "Context",
+    "ContextError",
+    "Found",
+    "Manifest",
+    "Reader",
+    "Recall",
+    "Store",
+    "compose",
+    "default_folder",
+    "describe",
+    "diff",
+    "measure_recall",
+]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from llm_mlp.models.mixer import State
 
 log = logging.getLogger("llm_mlp.context")
 
-STATE = "state."  # before the names of the state's tensors in a file
+STATE, TRANSITION = "state.", "transition."  # before the names of those tensors in a file
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Context:
     tokens: Tensor  # int32 [T], on the CPU
     state: State
     logits: Tensor  # [1, vocabulary]
+    transition: State | None = None  # layers.N.P and layers.N.log_a: the map that the whole text is, for composing
 
     @property
     def id(self) -> str:
@@ -46,7 +48,7 @@ class Context:
     @property
     def bytes(self) -> int:
         """Of all tensors, wherever they are."""
-        return sum(t.numel() * t.element_size() for t in (self.tokens, self.logits, *self.state.values()))
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
     def start(self) -> Start:
@@ -55,12 +57,16 @@ class Context:
 
     def to(self, device: torch.device | str) -> Context:
         """The same with its state on another device."""
-        state = {name: t.to(device) for name, t in self.state.items()}
-        return Context(self.manifest, self.tokens, state, self.logits.to(device))
+        state, map_ = (
+            None if part is None else {name: t.to(device) for name, t in part.items()}
+            for part in (self.state, self.transition)
+        )
+        return Context(self.manifest, self.tokens, state or {}, self.logits.to(device), map_)
 
     def tensors(self) -> dict[str, Tensor]:
         """As they stand in a file."""
-        return {"tokens": self.tokens, "logits": self.logits, **{STATE + n: t for n, t in self.state.items()}}
+        found = {"tokens": self.tokens, "logits": self.logits, **{STATE + n: t for n, t in self.state.items()}}
+        return found | {TRANSITION + n: t for n, t in (self.transition or {}).items()}
 
     def save(self, path: str | Path) -> None:
         """Write it, whole or not at all.
@@ -82,7 +88,10 @@ class Context:
             tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
         except KeyError as error:
             raise ContextError(f"{path}: tensor {error} is missing; not a context of this project") from None
-        return cls(manifest, tokens, {n.removeprefix(STATE): t for n, t in tensors.items()}, logits)
+        state, transition = (
+            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in (STATE, TRANSITION)
+        )
+        return cls(manifest, tokens, state, logits, transition or None)
 
 
 class Reader:
@@ -90,10 +99,12 @@ class Reader:
 
     Args:
         tokenizer: None where only ids are read; contexts then say so and fit any reader without one.
+        transitions: contexts that are read from nothing keep the map that their text is (F x F numbers a group and
+            layer more), so that they can be composed.
     """
 
-    def __init__(self, model: LM, tokenizer: Tokenizer | None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: LM, tokenizer: Tokenizer | None, *, transitions: bool = False) -> None:
+        self.model, self.tokenizer, self.transitions = model, tokenizer, transitions
 
     @property
     def device(self) -> torch.device:
@@ -183,19 +194,60 @@ class Reader:
     ) -> Context:
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         if before is None:
-            state, logits = read_tokens(self.model, ids, progress=progress)
-            return self._made(ids.to(torch.int32), state, logits, None, [len(ids)] if mark else [])
+            with self._observed(None if self.transitions else False) as seen:
+                state, logits = read_tokens(self.model, ids, progress=progress)
+            return self._made(ids.to(torch.int32), state, logits, None, [len(ids)] if mark else [], seen)
         self.check(before.manifest)
         device = self.device
         own = {name: t.to(device) for name, t in before.state.items()}
-        position = len(before.tokens)
-        state, logits = read_tokens(self.model, ids, own, position=position, progress=progress)
+        with self._observed(before.transition or False) as seen:
+            state, logits = read_tokens(self.model, ids, own, position=len(before.tokens), progress=progress)
         both = torch.cat([before.tokens, ids.to(torch.int32)])
         marks = [*before.manifest.marks, *([len(both)] if mark else [])]
-        return self._made(both, state, logits, before, marks)
+        return self._made(both, state, logits, before, marks, seen)
+
+    @contextlib.contextmanager
+    def _observed(self, before: State | Literal[False] | None) -> Iterator[State | None]:
+        """The text's transition, filled while it is read, going on from ``before`` (None: from nothing; False: none is
+        kept)."""
+        if before is False:
+            yield None
+            return
+        seen: State = {} if before is None else {name: t.to(self.device) for name, t in before.items()}
+
+        def observer(layer: str) -> Callable[[Tensor, Tensor], None]:
+            def take(P: Tensor, log_a: Tensor) -> None:
+                if f"{layer}.P" in seen:
+                    P, log_a = P @ seen[f"{layer}.P"], log_a + seen[f"{layer}.log_a"]
+                seen[f"{layer}.P"], seen[f"{layer}.log_a"] = P, log_a
+
+            return take
+
+        mixers = [block.mixer for block in self.model.blocks if hasattr(block.mixer, "observer")]
+        for number, block in enumerate(self.model.blocks):
+            if block.mixer in mixers:
+                block.mixer.observer = observer(f"layers.{number}")
+        try:
+            yield seen
+        finally:
+            for mixer in mixers:
+                mixer.observer = None
+
+    def finish(self, parts: Sequence[Context], state: State, separator: Tensor) -> Context:
+        """A composed context: of the texts of ``parts``, with this state, after the separator was read in it."""
+        tokens = torch.cat([*(c.tokens for c in parts), separator.to(torch.int32)])
+        state, logits = read_tokens(self.model, separator, state, position=len(tokens) - len(separator))
+        return self._made(tokens, state, logits, None, [], None, composed=True)
 
     def _made(
-        self, tokens: Tensor, state: State, logits: Tensor, parent: Context | None, marks: list[int], **more: Any
+        self,
+        tokens: Tensor,
+        state: State,
+        logits: Tensor,
+        parent: Context | None,
+        marks: list[int],
+        transition: State | None = None,
+        **more: Any,
     ) -> Context:
         kinds = {name.rsplit(".", 1)[-1]: str(t.dtype).removeprefix("torch.") for name, t in state.items()}
         manifest = Manifest(
@@ -208,12 +260,12 @@ class Reader:
             parent=parent.id if parent else None,
             marks=marks,
             replayed=more.pop("replayed", parent.manifest.replayed if parent else False),
-            composed=parent.manifest.composed if parent else False,
+            composed=more.pop("composed", parent.manifest.composed if parent else False),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         )
-        found = digest(manifest, Context(manifest, tokens, state, logits).tensors())
-        return Context(manifest.model_copy(update={"digest": found}), tokens, state, logits)
+        found = digest(manifest, Context(manifest, tokens, state, logits, transition).tensors())
+        return Context(manifest.model_copy(update={"digest": found}), tokens, state, logits, transition)
 
     def replay(self, context: Context, tokens: int, nearest: Context | None) -> Context:
         """``context`` as it was after its first ``tokens`` tokens, read again from ``nearest`` (None: from nothing)."""

@@ -6,6 +6,7 @@ The equations are in docs/model.md; letters in docs/notation.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
-from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, units_init
+from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, perceive_transition, units_init
 from llm_mlp.ops.conv import causal_conv, causal_conv_step
 from llm_mlp.ops.heads import HeadInputs, head_inputs, head_inputs_step, head_outputs, prepare, unit
 from llm_mlp.ops.perceive.chunked import CHUNK
@@ -35,6 +36,8 @@ class PerceptionMixer(Mixer):
         self.read_width, self.features, self.value_width = c.read_width, c.features, c.value_width
         self.erase, self.erase_max, self.decay = c.erase, c.erase_max, c.decay
         self.block, self.slots, self.read = c.block, c.slots, c.read
+        # Given the transition (P, log_a) of every text that is read, where it is set: what composing contexts needs.
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
         self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
         G, R, V, width = c.groups, c.read_width, c.value_width, c.gate_rank
         D, H = config.d_model, c.heads
@@ -198,10 +201,13 @@ class PerceptionMixer(Mixer):
             i = self._prepare(qkv, logits)
         if tail is not None:
             after["conv"] = tail
+        e = self._erase(i.k, logits.get("erase"))
+        if self.observer is not None:
+            self.observer(*perceive_transition(i.k, e, logits["log_decay"]))
         y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
             i.q,
             i.k,
-            self._erase(i.k, logits.get("erase")),
+            e,
             i.w,
             logits["log_decay"],
             before.get("fast_weights"),

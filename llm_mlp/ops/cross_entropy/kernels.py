@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_mlp.ops.tiles import narrow
 from llm_mlp.ops.tune import Sizes, Table, plan
 
+NOTHING = tl.constexpr(-3.0e38)  # below every logit; -inf would give -inf - -inf
 LAUNCH: Table = {"_loss": {"BLOCK": 4096, "num_warps": 8}}
 
 
@@ -33,14 +34,13 @@ def _loss(
     logits = logit_ptr + row * stride
     target = tl.load(target_ptr + row)
     lane = tl.arange(0, BLOCK)
-    best, total = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    best, total = tl.full((BLOCK,), NOTHING, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for a in range(0, columns, BLOCK):
         inside = a + lane < columns
         x = tl.load(logits + a + lane, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, _capped(x, cap, CAP), -float("inf"))
+        z = tl.where(inside, _capped(x, cap, CAP), NOTHING)
         higher = tl.maximum(best, z)
-        # A lane that has seen nothing yet has -inf - -inf.
-        total = tl.where(higher > -float("inf"), total * tl.exp(best - higher) + tl.exp(z - higher), 0.0)
+        total = total * tl.exp(best - higher) + tl.where(inside, tl.exp(z - higher), 0.0)
         best = higher
     top = tl.max(best, 0)
     norm = top + tl.log(tl.sum(total * tl.exp(best - top), 0))

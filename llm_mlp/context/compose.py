@@ -1,0 +1,77 @@
+"""Several documents' contexts as one, without reading them again. Experimental.
+
+A text maps a layer's second layers linearly: S <- exp(log_a) P S + Z, where Z is what it leaves from nothing. So
+documents that were read apart compose exactly, layer by layer, in any order; the layers above the first were computed
+from inputs that did not know the other documents, which makes the whole an approximation. Orders are averaged over the
+cyclic ones (after PICASO, arXiv 2502.17605), memorised units merged, and a separator is read at the end, for the
+convolutions' tails and the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm_mlp.context.context import Context, Reader
+from llm_mlp.context.format import ContextError
+from llm_mlp.models.mixer import State
+from llm_mlp.ops import Units, units_merge
+
+UNITS = tuple(f"units.{name}" for name in Units._fields)
+
+
+def compose(reader: Reader, contexts: Sequence[Context], separator: Sequence[int] | Tensor) -> Context:
+    """One context of several, in this order, the separator last.
+
+    Args:
+        contexts: of the reader's model, each read from nothing by a reader with ``transitions``.
+
+    Raises:
+        ContextError: none, one without transitions, one that is composed itself, or a layer of attention.
+    """
+    if not contexts:
+        raise ContextError("nothing to compose: give at least one context")
+    for context in contexts:
+        reader.check(context.manifest)
+        if context.manifest.composed:
+            raise ContextError(f"context {context.id} is composed itself; compose the documents it came from")
+        if context.transition is None:
+            raise ContextError(
+                f"context {context.id} was read without its transitions; read the text again as composable "
+                "(`context create --composable`, or a Reader with transitions=True)"
+            )
+    own = [c.to(reader.device) for c in contexts]
+    state: State = {}
+    perception = reader.model.config.perception
+    for number, block in enumerate(reader.model.blocks):
+        layer = f"layers.{number}."
+        if f"{layer}fast_weights" not in own[0].state:
+            raise ContextError(f"layer {number} ({type(block.mixer).__name__}) has no second layers to compose")
+        state[f"{layer}fast_weights"] = _mean_over_cycles(own, number)
+        if perception.block:
+            merged = Units(*(own[0].state[layer + name] for name in UNITS))
+            for context in own[1:]:
+                after = Units(*(context.state[layer + name] for name in UNITS))
+                merged = units_merge(merged, after, block=perception.block, slots=perception.slots)
+            state.update({layer + name: t for name, t in zip(UNITS, merged, strict=True)})
+        if f"{layer}conv" in own[-1].state:
+            state[f"{layer}conv"] = own[-1].state[f"{layer}conv"]
+    return reader.finish(own, state, torch.as_tensor(separator, dtype=torch.int64))
+
+
+def _mean_over_cycles(contexts: Sequence[Context], number: int) -> Tensor:
+    """The layer's second layers after all documents, ``[1, G, F, m, V]``, averaged over the n cyclic orders."""
+    n, total = len(contexts), None
+    for first in range(n):
+        S = contexts[first].state[f"layers.{number}.fast_weights"]
+        for k in range(1, n):
+            context = contexts[(first + k) % n]
+            assert context.transition is not None
+            P, log_a = (context.transition[f"layers.{number}.{name}"] for name in ("P", "log_a"))
+            Z = context.state[f"layers.{number}.fast_weights"]
+            S = torch.einsum("bgij,bgjmv->bgimv", P, S) * log_a.exp()[:, :, None, :, None] + Z
+        total = S if total is None else total + S
+    assert total is not None
+    return total / n

@@ -1,0 +1,119 @@
+"""The recall meter: what of a text of some length does a context still retrieve?
+
+Pairs of a cue and a value are planted into the text at log-spaced depths and the text is read with them, on the side:
+the context itself stays as it is. Then each cue is read after it, and the value that the model finds most likely among
+all planted ones is compared with the right one. Guessing finds one in as many as there are pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_mlp.context.context import Context, Reader
+from llm_mlp.context.format import ContextError
+from llm_mlp.infer import read_tokens
+
+CUE, VALUE = 3, 1  # tokens
+BATCH = 16  # cues that are asked at a time
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many of the planted pairs came back."""
+
+    pairs: int
+    found: int
+    depths: tuple[int, ...]  # tokens from each pair to the end, ascending
+    hits: tuple[bool, ...]  # of each depth
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.pairs
+
+    @property
+    def rate(self) -> float:
+        return self.found / self.pairs
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the rate (Wilson)."""
+        n, z = self.pairs, 1.96
+        centre = self.rate + z * z / (2 * n)
+        spread = z * math.sqrt(self.rate * (1 - self.rate) / n + (z / (2 * n)) ** 2)
+        return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+    @property
+    def reach(self) -> int | None:
+        """The largest depth up to which at least half of the pairs came back; None: at no depth."""
+        best, seen = None, 0
+        for n, (depth, hit) in enumerate(zip(self.depths, self.hits, strict=True), 1):
+            seen += hit
+            if hit and 2 * seen >= n:
+                best = depth
+        return best
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell a user whose text is longer than what the state holds."""
+        low, _ = self.interval
+        if low <= self.chance:
+            return f"nothing planted in this text comes back more often than by chance ({self.chance:.1%})"
+        if self.reach is not None and self.reach < self.depths[-1] // 2:
+            return f"what lies further back than about {self.reach:,} tokens is mostly out of reach"
+        return None
+
+
+@torch.no_grad()
+def measure_recall(
+    reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0, progress: Callable[[int], None] | None = None
+) -> Recall:
+    """Plant ``pairs`` pairs into the context's text, read it on the side, and ask for each.
+
+    The text is read once more, with `CUE` + `VALUE` tokens of every pair in it.
+
+    Raises:
+        ContextError: fewer than 64 pairs (the interval would say nothing), a text too short for them, or a composed
+            context, whose text was never read as one.
+    """
+    vocabulary = reader.tokenizer.vocab_size if reader.tokenizer else reader.model.config.vocab_size
+    length = len(context.tokens)
+    if pairs < 64:
+        raise ContextError(f"{pairs} pairs: at least 64 are needed for an interval that says something")
+    if vocabulary < 2 * pairs:
+        raise ContextError(f"a vocabulary of {vocabulary} has too few tokens for {pairs} pairs")
+    if length < 2 * pairs:
+        raise ContextError(f"a text of {length} tokens is too short for {pairs} pairs; give at least {2 * pairs}")
+    if context.manifest.composed:
+        raise ContextError(f"context {context.id} is composed; measure the documents it came from")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randperm(vocabulary, generator=generator)[:pairs]
+    cues = torch.randint(vocabulary, (pairs, CUE), generator=generator)
+    # Log-spaced depths, each at another place of the text.
+    at = torch.logspace(0, math.log10(length), pairs, dtype=torch.float64).long().clamp(1, length - 1)
+    for n in range(1, pairs):
+        at[n] = max(int(at[n]), int(at[n - 1]) + 1)
+    at = at.clamp(max=length - 1)
+    parts, done = [], 0
+    text = context.tokens.long()
+    for n in reversed(range(pairs)):
+        place = length - int(at[n])
+        parts += [text[done:place], cues[n], values[n : n + 1]]
+        done = place
+    parts.append(text[done:])
+    planted = torch.cat(parts)
+    state, _ = read_tokens(reader.model, planted, progress=progress)
+    hits: list[bool] = []
+    for a in range(0, pairs, BATCH):
+        some = cues[a : a + BATCH].to(reader.device)
+        forks = {name: t.repeat(len(some), *[1] * (t.ndim - 1)) for name, t in state.items()}
+        logits: Tensor | None = reader.model(some, forks, logits="last").logits
+        assert logits is not None
+        best = logits[:, -1, values.to(reader.device)].argmax(-1).cpu()
+        hits += (best == torch.arange(a, a + len(some))).tolist()
+    depths = [int(d) + (CUE + VALUE) * n for n, d in enumerate(at)]  # later pairs stand between, too
+    return Recall(pairs, sum(hits), tuple(depths), tuple(hits))
