@@ -138,7 +138,7 @@ def _memorise_cases(R: int, width: int, activation: str, dtype: torch.dtype, dev
 def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
     from llm_mlp.ops.heads import head_inputs, head_outputs
 
-    B, T, G, m, K = 2, 300, 2, 2, 4
+    B, T, G, m, K = 2, 150, 1, 2, 4
     width, C = G * m * V, 2 * G * R + G * m * V
     generator = torch.Generator().manual_seed(1)
 

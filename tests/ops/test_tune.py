@@ -11,7 +11,22 @@ from op_cases import perceive_inputs
 
 from llm_mlp.ops import backend, checks, perceive, tune
 
-SIZES = (("F", 16), ("m", 2), ("V", 16), ("dtype", "bfloat16"))
+SIZES = (("F", 16), ("m", 2), ("V", 16), ("scalar", False), ("dtype", "bfloat16"))
+CHECKED = [  # every op with kernels, at small sizes
+    ("perceive", SIZES),
+    ("perceive", (*SIZES[:3], ("scalar", True), SIZES[4])),
+    ("memorise", (("R", 16), ("width", 32), ("activation", "softmax"), ("dtype", "bfloat16"))),
+    ("heads", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
+    ("heads", (("R", 0), ("V", 16), ("dtype", "bfloat16"))),
+    ("heads_step", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
+    ("cross_entropy", (("dtype", "bfloat16"),)),
+    ("perceive_step", (*SIZES[:3], ("scalar", True), ("state", "float32"), ("dtype", "bfloat16"))),
+    (
+        "memorise_step",
+        (("R", 16), ("width", 32), ("block", 8), ("slots", 4), ("activation", "relu2"), ("rows", "bfloat16"),
+         ("dtype", "bfloat16")),
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -73,7 +88,7 @@ def test_a_broken_file_is_made_anew(asked, tmp_path, broken):
     (tmp_path / "kernels.json").write_text(broken)
     assert tune.untrusted("perceive", SIZES, "cpu") is None
     (key,) = json.loads((tmp_path / "kernels.json").read_text())
-    assert key.startswith("perceive F=16 m=2 V=16 dtype=bfloat16 cpu ")
+    assert key.startswith("perceive F=16 m=2 V=16 scalar=False dtype=bfloat16 cpu ")
 
 
 def test_a_file_that_cannot_be_written_is_said(asked, monkeypatch, tmp_path, caplog):
@@ -110,13 +125,18 @@ def test_compare_tells_a_wrong_tensor():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_check_itself(monkeypatch, number):
+@pytest.mark.parametrize(
+    ("op", "sizes", "number"),
+    [*((op, sizes, 0) for op, sizes in CHECKED), (*CHECKED[1], 1), (*CHECKED[2], 1)],  # the safe table of two
+)
+def test_the_check_itself(monkeypatch, op, sizes, number):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert tune.check_apart("perceive", SIZES, tune.Plan(number), "cpu") == []
-    sizes = (("R", 16), ("width", 32), ("activation", "softmax"), ("dtype", "bfloat16"))
-    assert tune.check_apart("memorise", sizes, tune.Plan(number), "cpu") == []
+    assert tune.check_apart(op, sizes, tune.Plan(number), "cpu") == []
+
+
+def test_every_op_with_kernels_has_a_check():
+    assert {op for op, _ in CHECKED} == checks._CASES.keys()
 
 
 def test_a_check_that_dies_says_how(monkeypatch):
@@ -132,7 +152,7 @@ def test_the_second_launch_computes_the_same(monkeypatch):
     if torch.cuda.is_available():
         inputs = [x.cuda() for x in inputs]
     first = perceive(*inputs, backend="triton")[0]
-    monkeypatch.setitem(tune._known, ("perceive", (*SIZES[:3], ("dtype", "float32"))), (tune.Plan(1), ""))
+    monkeypatch.setitem(tune._known, ("perceive", (*SIZES[:4], ("dtype", "float32"))), (tune.Plan(1), ""))
     assert torch.allclose(perceive(*inputs, backend="triton")[0], first, atol=1e-5)
 
 
