@@ -546,18 +546,22 @@ def context_create(
     from llm_mlp.context import ContextError, Store
 
     own = Store(store)
-    entry = own.look(name)
-    if entry is not None and not entry.unfinished and not replace:
+    working = f"{name}.reading"  # the name itself means nothing until all is read
+    if own.look(name) is not None and not replace:
         raise ContextError(f"context {name!r} exists; choose another name, or --replace")
     reader = _reader(model, device, composable)
     tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
-    begun = own.get(name, reader) if entry is not None and entry.unfinished and not replace else None
+    begun = own.get(working, reader) if own.look(working) is not None else None
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("reading tokens", total=len(tokens), completed=len(begun.tokens) if begun else 0)
         for context in reader.pieces(begun, tokens, every):
-            own.commit(context, name, replace=True, unfinished=len(context.tokens) < len(tokens))
+            if len(context.tokens) < len(tokens):
+                own.commit(context, working, replace=True, unfinished=True)
             bar.update(task, completed=len(context.tokens))
+    own.commit(context, name, replace=replace)
+    if own.look(working) is not None:
+        own.remove(working)
     _say(context, name)
 
 
@@ -571,9 +575,12 @@ def context_append(
     device: Device = "auto",
 ) -> None:
     """Read on in a context; what it was before can be come back to (undo)."""
-    from llm_mlp.context import Store
+    from llm_mlp.context import ContextError, Store
 
-    own, reader = Store(store), _reader(model, device)
+    own = Store(store)
+    if own.entry(name).unfinished:
+        raise ContextError(f"context {name!r} is an interrupted reading; give the command that began it again")
+    reader = _reader(model, device)
     context = reader.append(own.get(name, reader), reader.encode(_text(text, file), begin=False))
     own.commit(context, name)
     _say(context, name)

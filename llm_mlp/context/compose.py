@@ -1,10 +1,10 @@
 """Several documents' contexts as one, without reading them again. Experimental.
 
 A text maps a layer's second layers linearly: S <- exp(log_a) P S + Z, where Z is what it leaves from nothing. So
-documents that were read apart compose exactly, layer by layer, in any order; the layers above the first were computed
-from inputs that did not know the other documents, which makes the whole an approximation. Orders are averaged over the
-cyclic ones (after PICASO, arXiv 2502.17605), memorised units merged, and a separator is read at the end, for the
-convolutions' tails and the logits.
+documents that were read apart compose layer by layer, in any order; the layers above the first were computed from
+inputs that did not know the other documents, and a convolution's first tokens saw no tail: an approximation. Orders are
+averaged over the cyclic ones (after PICASO, arXiv 2502.17605), memorised units merged, and a separator is read at the
+end, for the convolutions' tails and the logits.
 """
 
 from __future__ import annotations

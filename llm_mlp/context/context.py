@@ -88,6 +88,8 @@ class Context:
             tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
         except KeyError as error:
             raise ContextError(f"{path}: tensor {error} is missing; not a context of this project") from None
+        if tokens.ndim != 1 or len(tokens) != manifest.tokens or text_digest(tokens) != manifest.text:
+            raise ContextError(f"{path}: its token ids are not those that its manifest tells of")
         state, transition = (
             {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in (STATE, TRANSITION)
         )
@@ -175,7 +177,9 @@ class Reader:
         if context is not None:
             done = len(context.tokens)
             if done > len(tokens) or not torch.equal(context.tokens, tokens[:done].to(torch.int32)):
-                raise ContextError("the stored context is of another text; remove it or choose another name")
+                raise ContextError("the interrupted reading is of another text; remove it, or choose another name")
+            if self.transitions and context.transition is None:
+                raise ContextError("the interrupted reading keeps no transitions; remove it, or read on without them")
         stride = -(-every // PREFILL) * PREFILL
         if context is not None and done == len(tokens):
             yield context
@@ -237,7 +241,7 @@ class Reader:
         """A composed context: of the texts of ``parts``, with this state, after the separator was read in it."""
         tokens = torch.cat([*(c.tokens for c in parts), separator.to(torch.int32)])
         state, logits = read_tokens(self.model, separator, state, position=len(tokens) - len(separator))
-        return self._made(tokens, state, logits, None, [], None, composed=True)
+        return self._made(tokens, state, logits, None, [len(tokens)], None, composed=True)
 
     def _made(
         self,
@@ -271,13 +275,14 @@ class Reader:
         """``context`` as it was after its first ``tokens`` tokens, read again from ``nearest`` (None: from nothing)."""
         ids = context.tokens[:tokens]
         marks = [m for m in context.manifest.marks if m <= tokens]
-        if nearest is None:
-            state, logits = read_tokens(self.model, ids)
-        else:
+        done, own, kept = 0, None, context.transition is not None
+        if nearest is not None:
+            done, kept = len(nearest.tokens), nearest.transition is not None
             own = {name: t.to(self.device) for name, t in nearest.state.items()}
-            done = len(nearest.tokens)
+        with self._observed((nearest.transition if nearest else None) if kept else False) as seen:
             state, logits = read_tokens(self.model, ids[done:], own, position=done)
-        return self._made(ids.clone(), state, logits, nearest, marks, replayed=True)
+        composed = context.manifest.composed
+        return self._made(ids.clone(), state, logits, nearest, marks, seen, replayed=True, composed=composed)
 
     # -- fitting ---------------------------------------------------------------------------------------------------
 
@@ -312,6 +317,15 @@ class Reader:
         expected = self.model.init_state(1, device="meta")
         if found := expected.keys() ^ context.state.keys():
             raise ContextError(f"{name} {context.id}: part {min(found)} of the state is missing, or is not the model's")
+        vocabulary = self.model.config.vocab_size
+        shapes = {part: (t.shape, expected[part].shape) for part, t in context.state.items()}
+        shapes["logits"] = context.logits.shape, torch.Size((1, vocabulary))
+        for part, (own, want) in shapes.items():
+            grows = want.numel() == 0  # an attention layer's cache
+            if len(own) != len(want) or (own != want and not grows):
+                raise ContextError(f"{name} {context.id}: {part} has shape {tuple(own)}, the model's is {tuple(want)}")
+        if int(context.tokens.max()) >= vocabulary or int(context.tokens.min()) < 0:
+            raise ContextError(f"{name} {context.id}: token ids outside the model's vocabulary of {vocabulary}")
         return context.to(self.device)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -31,6 +32,8 @@ from llm_mlp.context.format import SUFFIX, ContextError, Manifest, read_manifest
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ID = re.compile(r"[0-9a-f]{16}")
+log = logging.getLogger("llm_mlp.context")
 GIB = 2**30
 STALE = 3600  # seconds after which a temporary file is nobody's
 
@@ -127,10 +130,21 @@ class Store:
     # -- names -----------------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """All names, in order; expired ones are not among them."""
-        names = sorted(path.stem for path in self._names.glob("*.json") if not path.name.startswith("."))
-        found = [self._entry(name) for name in names]
-        return [e for e in found if e is not None and not e.expired]
+        """All names, in order; expired and damaged ones are not among them, the latter are logged."""
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[list[Entry], bool]:
+        """The names, and whether all could be read: where one could not, nobody knows what it needs."""
+        found, sound = [], True
+        for name in sorted(path.stem for path in self._names.glob("*.json") if not path.name.startswith(".")):
+            try:
+                entry = self._entry(name)
+            except ContextError as error:
+                log.warning("%s", error)
+                sound = False
+            else:
+                found += [entry] if entry is not None and not entry.expired else []
+        return found, sound
 
     def look(self, name: str) -> Entry | None:
         """What a name means; None if there is no such name or it has expired."""
@@ -155,15 +169,20 @@ class Store:
             row = json.loads(path.read_text(encoding="utf8"))
             if row.get("format_version") != FORMAT_VERSION:
                 raise ContextError(f"{path}: format_version {row.get('format_version')!r}; this version reads 1")
+            ids = [row["id"], *row["history"]]
+            if not isinstance(row["history"], list) or not all(isinstance(i, str) and ID.fullmatch(i) for i in ids):
+                raise ValueError("an id is no id")
+            if row["expires"] is not None and datetime.fromisoformat(row["expires"]).tzinfo is None:
+                raise ValueError("expires has no time zone")
             return Entry(
-                name, row["id"], tuple(row["history"]), row["created"], row["expires"], bool(row["unfinished"])
+                name, row["id"], tuple(row["history"]), str(row["created"]), row["expires"], bool(row["unfinished"])
             )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ContextError):
                 raise
-            raise ContextError(f"{path}: damaged ({error}); remove it with `context rm {name}`") from None
+            raise ContextError(f"{path}: damaged ({error}); restore or remove that file") from None
 
     def _point(self, entry: Entry) -> None:
         row = {k: v for k, v in vars(entry).items() if k != "name"} | {"format_version": FORMAT_VERSION}
@@ -238,7 +257,7 @@ class Store:
             if before is not None and not replace and context.manifest.parent != before.id != context.id:
                 raise ContextError(f"context {name!r} exists and means another text; choose another name")
             if not self._path(context.id).exists():
-                self._make_room(context.bytes, keep={context.id, *(before.history if before else ())})
+                self._make_room(context.bytes, keep={context.id, *([before.id] if before else [])})
                 context.save(self._path(context.id))
             self._ram.put(context.to("cpu"))
             if name is not None:
@@ -249,8 +268,16 @@ class Store:
                 until = until or (before.expires if before else None)
                 made = before.created if before else context.manifest.created
                 self._point(Entry(name, context.id, history, made, until, unfinished))
+                if before is not None and replace:
+                    self._drop({before.id, *before.history})
             self._make_room(0, keep={context.id})
         return context.id
+
+    def _drop(self, ids: set[str]) -> None:
+        """Delete those of ``ids`` that no name needs."""
+        entries, sound = self._scan()
+        for id_ in ids - {i for e in entries for i in (e.id, *e.history)} if sound else ():
+            self._delete(id_)
 
     def fork(self, name: str, new: str) -> Entry:
         """Another name for the same context: nothing is copied, both go their own way from here.
@@ -295,10 +322,14 @@ class Store:
             made = self._load(exact[-1], reader)
         else:
             nearest = self._load(max(older)[1]) if older else None
+            if nearest is None and now.manifest.composed:
+                raise ContextError(f"context {name!r} is composed and no earlier version of it is stored any more")
             made = reader.replay(now, tokens, nearest)
         with self._lock:
+            if self.look(name) != entry:
+                raise ContextError(f"context {name!r} was changed by another process meanwhile; try again")
             if not self._path(made.id).exists():
-                self._make_room(made.bytes, keep={made.id, *entry.history})
+                self._make_room(made.bytes, keep={made.id, entry.id})
                 made.save(self._path(made.id))
             history = tuple(id_ for n, id_ in older if n < tokens) + (made.id,)
             self._point(Entry(name, made.id, history, entry.created, entry.expires, False))
@@ -324,7 +355,13 @@ class Store:
             ContextError: a file that is no context, cut or altered; a name that is taken.
         """
         context = Context.load(path)
-        self.commit(context, name, replace=replace)
+        with self._lock:
+            try:
+                self._ram.drop(context.id)
+                self._load(context.id)
+            except ContextError:  # not there, or damaged: this is a good copy
+                self._path(context.id).unlink(missing_ok=True)
+            self.commit(context, name, replace=replace)
         return context
 
     # -- looking up ------------------------------------------------------------------------------------------------
@@ -338,24 +375,30 @@ class Store:
         own = reader.fingerprints
         fitting = {
             (m.tokens, m.text): id_
-            for id_, m in manifests.items()
+            for id_, m in sorted(
+                manifests.items(), key=lambda item: not item[1].replayed
+            )  # one that was kept is better
             if not m.composed and all(getattr(m, what) == value for what, value in own.items())
         }
         if not fitting:
             return Found(None, 0, f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer")
-        data, running, done, best = token_bytes(ids), hashlib.sha256(), 0, None
+        data, running, done = token_bytes(ids), hashlib.sha256(), 0
+        matches: list[str] = []
         for length in sorted({n for n, _ in fitting if n <= len(ids)}):
             running.update(data[4 * done : 4 * length])
             done = length
-            best = fitting.get((length, running.copy().hexdigest()), best)
-        if best is None:
-            return Found(None, 0, f"miss: none of {len(fitting)} stored texts begins this prompt")
-        try:
-            context = self._load(best, reader)
-        except ContextError as error:  # a damaged file is no reason to fail a request that can do without
-            return Found(None, 0, f"miss: {error}")
-        n = len(context.tokens)
-        return Found(context, n, f"hit: {n} of {len(ids)} tokens from {best}")
+            if (length, digest := running.copy().hexdigest()) in fitting:
+                matches.append(fitting[length, digest])
+        reason = f"miss: none of {len(fitting)} stored texts begins this prompt"
+        for id_ in reversed(matches):
+            try:
+                context = self._load(id_, reader)
+            except ContextError as error:  # damaged, or gone meanwhile: a request can do without
+                reason = f"miss: {error}"
+                continue
+            n = len(context.tokens)
+            return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}")
+        return Found(None, 0, reason)
 
     # -- room ------------------------------------------------------------------------------------------------------
 
@@ -383,9 +426,10 @@ class Store:
                     if entry is not None and entry.expired:
                         path.unlink(missing_ok=True)
                         removed["names"] += 1
-            needed = {id_ for e in self.entries() for id_ in (e.id, *e.history)}
+            entries, sound = self._scan()
+            needed = {id_ for e in entries for id_ in (e.id, *e.history)}
             for id_, size in self._sizes().items():
-                if id_ not in needed:
+                if sound and id_ not in needed:
                     self._delete(id_)
                     removed["objects"] += 1
                     removed["bytes"] += size
@@ -414,27 +458,30 @@ class Store:
     def _make_room(self, wanted: int, keep: set[str]) -> None:
         """Drop objects until ``wanted`` more bytes fit, and earlier versions until they are within their budget."""
         sizes = self._sizes()
-        entries = self.entries()
+        entries, sound = self._scan()
         heads = {e.id for e in entries}
         older = {id_ for e in entries for id_ in e.history} - heads
         snapshots = sum(sizes.get(id_, 0) for id_ in older)
         over = sum(sizes.values()) + wanted - self.disk_bytes
+        gone: list[str] = []
         for id_ in self._oldest(set(sizes) - heads - older - keep):
-            if over <= 0:
-                break
-            over -= sizes[id_]
-            self._delete(id_)
+            if over > 0:
+                over -= sizes[id_]
+                gone.append(id_)
         for id_ in self._oldest((older & set(sizes)) - keep):
-            if over <= 0 and snapshots <= self.snapshot_bytes:
-                break
-            over -= sizes[id_]
-            snapshots -= sizes[id_]
-            self._delete(id_)
-        if over > 0 and wanted:
+            if over > 0 or snapshots > self.snapshot_bytes:
+                over -= sizes[id_]
+                snapshots -= sizes[id_]
+                gone.append(id_)
+        if wanted and (over > 0 or (gone and not sound)):
+            why = "" if sound else "; a damaged name keeps everything in place"
             raise ContextError(
                 f"{self.folder}: no room for {wanted:,} bytes more within {self.disk_bytes:,} (the contexts that have "
-                f"names take {sum(sizes.get(h, 0) for h in heads):,}); remove some or raise the limit"
+                f"names take {sum(sizes.get(h, 0) for h in heads):,}){why}; remove some or raise the limit"
             )
+        if sound:
+            for id_ in gone:
+                self._delete(id_)
 
     def _oldest(self, ids: set[str]) -> Iterator[str]:
         """By last use."""

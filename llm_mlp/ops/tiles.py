@@ -93,3 +93,10 @@ def product_split(a, b, PRECISION: tl.constexpr):
     else:
         out = tl.dot(a, b, input_precision=PRECISION)
     return out
+
+
+@triton.jit
+def where_if(mask, flag):
+    """``mask`` where the scalar ``flag`` holds, else nowhere. (Triton 3.9's interpreter refuses the mask that
+    ``mask & flag`` makes: a scalar condition becomes a tensor of integers there.)"""
+    return mask & (tl.zeros(mask.shape, tl.int32) + tl.where(flag, 1, 0) > 0)

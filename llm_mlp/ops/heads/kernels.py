@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.tiles import narrow
+from llm_mlp.ops.tiles import narrow, where_if
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 LAUNCH: Table = {
@@ -112,7 +112,7 @@ def _inputs(
 @triton.jit
 def _row(x_ptr, t, c, known, stride):
     """Row ``t`` of x, zero before the first."""
-    return tl.load(x_ptr + t * stride + c, mask=known & (t >= 0), other=0.0).to(tl.float32)
+    return tl.load(x_ptr + t * stride + c, mask=where_if(known, t >= 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _seen(x, j: tl.constexpr, tail_ptr, c, known, since, sequence, C, K: tl.cons
     x = tl.where(since >= j, x, 0.0)
     if CARRIED:
         row = sequence * (K - 1) + (K - 1) + since - j
-        x += tl.load(tail_ptr + row.to(tl.int64) * C + c, mask=known & (since < j), other=0.0).to(tl.float32)
+        x += tl.load(tail_ptr + row.to(tl.int64) * C + c, mask=where_if(known, since < j), other=0.0).to(tl.float32)
     return x
 
 
@@ -130,7 +130,7 @@ def _tap(conv_ptr, c, known, j: tl.constexpr, K: tl.constexpr):
     """What the input ``j`` tokens before is weighted with; without a convolution 1 of the token itself."""
     tap = tl.full(c.shape, 1.0 if j == 0 else 0.0, tl.float32)
     if K > 0:
-        tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=known & (j < K), other=0.0).to(tl.float32)
+        tap = tl.load(conv_ptr + c * K + (K - 1 - j), mask=where_if(known, j < K), other=0.0).to(tl.float32)
     return tap
 
 
@@ -164,13 +164,13 @@ def _inputs_back(
     if block < 2 * G:
         grad_ptr = (dk_ptr if key else dq_ptr) + group * R + f
         other_ptr = (dkey_ptr if key else dread_ptr) + group * R + f
-        pace, other_known = G * R, known & UNITS
+        pace, other_known = G * R, where_if(known, UNITS)
         if UNITS:
             gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
     else:
         grad_ptr = dw_ptr + (c - 2 * G * R)
         other_ptr = (write_ptr if WRITE else dw_ptr) + (c - 2 * G * R)
-        pace, other_known = width, known & WRITE
+        pace, other_known = width, where_if(known, WRITE)
     tap0, tap1 = _tap(conv_ptr, c, known, 0, K), _tap(conv_ptr, c, known, 1, K)
     tap2, tap3 = _tap(conv_ptr, c, known, 2, K), _tap(conv_ptr, c, known, 3, K)
     zero = tl.zeros((R,), tl.float32)
@@ -191,9 +191,9 @@ def _inputs_back(
         da, with_it = grad.to(tl.float32), other.to(tl.float32)
         # The next token's rows are on their way while this one is computed.
         more = t > first
-        grad = tl.load(grad_ptr + (t - 1) * pace, mask=known & more, other=0.0)
-        other = tl.load(other_ptr + (t - 1) * pace, mask=other_known & more, other=0.0)
-        before = _row(x_ptr, t - (K if K > 0 else 1), c, known & more, stride)
+        grad = tl.load(grad_ptr + (t - 1) * pace, mask=where_if(known, more), other=0.0)
+        other = tl.load(other_ptr + (t - 1) * pace, mask=where_if(other_known, more), other=0.0)
+        before = _row(x_ptr, t - (K if K > 0 else 1), c, where_if(known, more), stride)
         since = tl.load(since_ptr + t)
         sequence = tl.load(sequence_ptr + t)
         y = tap0 * x0
@@ -225,7 +225,7 @@ def _inputs_back(
             tl.store(
                 dwrite_ptr + t * width + (c - 2 * G * R),
                 narrow(2.0 * da * a * g * (1.0 - g), dwrite_ptr.dtype.element_ty),
-                mask=known & own,
+                mask=where_if(known, own),
             )
             da *= 2.0 * g
         bent = y * s * (1.0 - s)
@@ -233,9 +233,9 @@ def _inputs_back(
         dy = tl.where(known, da * (s + slope * bent), 0.0)
         if CARRIED:  # what reaches back into the tails is added up elsewhere
             to = dhead_ptr + (sequence * BACK + since).to(tl.int64) * C + c
-            tl.store(to, dy, mask=known & own & (since < BACK))
+            tl.store(to, dy, mask=where_if(known, own & (since < BACK)))
         dx = tap0 * dy + tap1 * d1 + tap2 * d2 + tap3 * d3
-        tl.store(dx_ptr + t * C + c, narrow(dx, kind), mask=known & own)
+        tl.store(dx_ptr + t * C + c, narrow(dx, kind), mask=where_if(known, own))
         mine = tl.where(own, dy, 0.0)
         dtap0 += mine * x0
         dtap1 += mine * s1
@@ -275,7 +275,7 @@ def _inputs_step(
         row = tl.load(index_ptr + b).to(tl.int64)
     f = tl.arange(0, R)
     c = block * R + f
-    here = (c < C) & (row >= 0)
+    here = where_if(c < C, row >= 0)
     x = tl.load(x_ptr + b * stride + c, mask=here, other=0.0)
     y = x.to(tl.float32)
     if K > 0:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.perceive.kernels import _columns, _head_sums, _scaled, _Sizes
-from llm_mlp.ops.tiles import narrow
+from llm_mlp.ops.tiles import narrow, where_if
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 LAUNCH: Table = {"_step": {"columns": 64, "num_warps": 4}}
@@ -32,12 +32,12 @@ def _step(
     f, width, at = tl.arange(0, F), m * V, b * G + g
     columns, own = _columns(part, m, V, BM, BV)
     head = part * BM + tl.arange(0, BM)
-    known = (head < m) & (row >= 0)
-    own = own & (row >= 0)
+    known = where_if(head < m, row >= 0)
+    own = where_if(own, row >= 0)
     cell = (row * G + g) * F * width + (f[:, None] * width + columns[None, :])
     S = tl.load(state_ptr + cell, mask=own[None, :], other=0.0).to(tl.float32)
     decay = tl.load(decay_ptr + at * m + head, mask=known, other=0.0)
-    here = (row >= 0) & (f < F)
+    here = where_if(f < F, row >= 0)
     q = tl.load(q_ptr + at * F + f, mask=here, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + at * F + f, mask=here, other=0.0).to(tl.float32)
     e = k
