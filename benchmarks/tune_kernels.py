@@ -36,7 +36,7 @@ from llm_mlp.ops.heads import head_inputs, head_outputs
 from llm_mlp.ops.heads import kernels as head_kernels
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
-from llm_mlp.ops.tune import ASSEMBLER, newest_assembler
+from llm_mlp.ops.tune import ASSEMBLER, assembler_version, newest_assembler
 
 DEVICE = torch.device("cuda")
 SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}
@@ -211,6 +211,8 @@ def main() -> None:
         return
     if newest := newest_assembler():  # for this process and those that check
         os.environ[ASSEMBLER] = newest
+    number = ".".join(map(str, assembler_version(os.environ.get(ASSEMBLER, ""))))
+    assembler = f"ptxas {number}" if number else "Triton's own"
     if unknown := set(args.ops) - set(TABLES):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
     wanted = [k for k in args.kernels.split(",") if k] or list(CANDIDATES)
@@ -234,7 +236,7 @@ def main() -> None:
             "op": op,
             "kernel": kernel,
             "launch": launch,
-            "assembler": newest or os.environ.get(ASSEMBLER, ""),
+            "assembler": assembler,
             "length": args.length,
             **row,
         }

@@ -102,15 +102,15 @@ def newest_assembler() -> str:
     found += [path for path in (shutil.which("ptxas"), SYSTEM_ASSEMBLER) if path]
     for place in getattr(find_spec("nvidia"), "submodule_search_locations", None) or ():  # pip install nvidia-cuda-nvcc
         found += sorted(map(str, Path(place).glob("*/bin/ptxas")))
-    best, best_version = "", _version(str(own / "ptxas"))
+    best, best_version = "", assembler_version(str(own / "ptxas"))
     for path in found:
-        if (number := _version(path)) > best_version:
+        if (number := assembler_version(path)) > best_version:
             best, best_version = path, number
     return best
 
 
-def _version(path: str) -> tuple[int, ...]:
-    """Of a ptxas; empty if there is none."""
+def assembler_version(path: str) -> tuple[int, ...]:
+    """Of the ptxas at ``path``; empty if there is none."""
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):

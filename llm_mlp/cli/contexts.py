@@ -1,0 +1,301 @@
+"""The verb ``llm-mlp context``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_mlp.cli.options import Device, ModelDir, StoreDir
+
+context_app = typer.Typer(
+    help="Texts that were read once, as files: saved, forked, shared, asked. The store is --store, else "
+    "$LLM_MLP_CONTEXTS, else ~/.local/share/llm-mlp/contexts.",
+    no_args_is_help=True,
+)
+
+ContextName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a context.")]
+Text = Annotated[str, typer.Option("--text", "-t", help="The text itself.")]
+File = Annotated[Path | None, typer.Option("--file", "-f", help="A UTF-8 text file; - is standard input.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Replace = Annotated[bool, typer.Option("--replace", help="A name that exists takes the new context.")]
+
+
+def _text(text: str, file: Path | None) -> str:
+    """What --text or --file say."""
+    from llm_mlp.config import ConfigError
+
+    if bool(text) == (file is not None):
+        raise ConfigError("give the text by --text or by --file, one of them")
+    if file is None:
+        return text
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _reader(model: Path, device: str, transitions: bool = False) -> Any:
+    from llm_mlp.checkpoint import load_model
+    from llm_mlp.context import Reader
+    from llm_mlp.device import pick_device
+
+    logging.getLogger("llm_mlp.ops").setLevel(logging.WARNING)
+    return Reader(*load_model(model, device=pick_device(device)), transitions=transitions)
+
+
+def _say(context: Any, name: str) -> None:
+    m = context.manifest
+    note = ", read again from its token ids" if m.replayed else ""
+    typer.echo(f"{name}: {context.id}, {m.tokens:,} tokens, {context.bytes / 1e6:.1f} MB{note}")
+
+
+@context_app.command("create")
+def context_create(
+    name: ContextName,
+    model: ModelDir,
+    text: Text = "",
+    file: File = None,
+    every: Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")] = 262_144,
+    composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
+    replace: Replace = False,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """Read a text into a context. An interrupted reading goes on where it was when the command is given again."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from llm_mlp.context import ContextError, Store
+
+    own = Store(store)
+    working = f"{name}.reading"  # the name itself means nothing until all is read
+    if own.look(name) is not None and not replace:
+        raise ContextError(f"context {name!r} exists; choose another name, or --replace")
+    reader = _reader(model, device, composable)
+    tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
+    begun = own.get(working, reader) if own.look(working) is not None else None
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("reading tokens", total=len(tokens), completed=len(begun.tokens) if begun else 0)
+        for context in reader.pieces(begun, tokens, every):
+            if len(context.tokens) < len(tokens):
+                own.commit(context, working, replace=True, unfinished=True)
+            bar.update(task, completed=len(context.tokens))
+    own.commit(context, name, replace=replace)
+    if own.look(working) is not None:
+        own.remove(working)
+    _say(context, name)
+
+
+@context_app.command("append")
+def context_append(
+    name: ContextName,
+    model: ModelDir,
+    text: Text = "",
+    file: File = None,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """Read on in a context; what it was before can be come back to (undo)."""
+    from llm_mlp.context import ContextError, Store
+
+    own = Store(store)
+    if own.entry(name).unfinished:
+        raise ContextError(f"context {name!r} is an interrupted reading; give the command that began it again")
+    reader = _reader(model, device)
+    context = reader.append(own.get(name, reader), reader.encode(_text(text, file), begin=False))
+    own.commit(context, name)
+    _say(context, name)
+
+
+@context_app.command("ls")
+def context_ls(store: StoreDir = None, as_json: AsJson = False) -> None:
+    """List contexts, and what the store takes."""
+    from llm_mlp.context import Store
+    from llm_mlp.context.store import summary
+
+    own = Store(store)
+    manifests, usage = own.manifests(), own.usage()
+    rows = [summary(e, manifests.get(e.id)) for e in own.entries()]
+    if as_json:
+        typer.echo(json.dumps({"folder": str(own.folder), "contexts": rows, "usage": usage}, indent=1))
+        return
+    for row in rows:
+        notes = [n for n in ("unfinished", "replayed") if row[n]]
+        notes += [f"until {row['expires']}"] if row["expires"] else []
+        size = f"{row['tokens'] or 0:>10,} tokens"
+        typer.echo(f"{row['name']:24} {row['id']}  {size}  {row['created']}  {' '.join(notes)}".rstrip())
+    typer.echo(
+        f"{own.folder}: {len(rows)} names, {usage['objects']} objects, {usage['disk_bytes'] / 1e6:,.1f} MB of which "
+        f"earlier versions {usage['snapshot_bytes'] / 1e6:,.1f} MB"
+    )
+
+
+@context_app.command("show")
+def context_show(
+    name: ContextName,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Adds half-lives and the text's end.")] = None,
+    store: StoreDir = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Measure what still comes back (reads it again).")] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+) -> None:
+    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls."""
+    from llm_mlp.config import ConfigError
+    from llm_mlp.context import Store, describe, measure_recall
+
+    if recall and model is None:
+        raise ConfigError("--recall asks the model: give it by --model")
+
+    own = Store(store)
+    own.entry(name)
+    reader = _reader(model, device) if model else None
+    context = own.get(name, reader)
+    found = describe(context, reader.model if reader else None)
+    back = measure_recall(reader, context) if recall and reader is not None else None
+    if back is not None:
+        found["recall"] = vars(back) | {"rate": back.rate, "chance": back.chance, "interval": back.interval}
+        found["recall"] |= {"reach": back.reach, "warning": back.warning}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    _say(context, name)
+    if back is not None:
+        low, high = back.interval
+        typer.echo(
+            f"recall {back.found} of {back.pairs} planted pairs, {back.rate:.1%} ({low:.1%} to {high:.1%}; by chance "
+            f"{back.chance:.1%}); {back.warning or 'all depths within reach'}"
+        )
+    m = context.manifest
+    typer.echo(f"made {m.created} on {m.device}, weights {m.weights}, parent {m.parent or 'none'}")
+    typer.echo(f"marks {', '.join(map(str, m.marks)) or 'none'}; state {found['state_bytes'] / 1e6:.1f} MB")
+    if reader is not None and reader.tokenizer is not None:
+        typer.echo(f"ends with {reader.tokenizer.decode(context.tokens[-24:].tolist())!r}")
+    for row in found["layers"]:
+        line = f"layer {row['layer']:>2}"
+        if "fast_weight_norm" in row:
+            line += f"  |S| {row['fast_weight_norm']:>9.2f}"
+        if "units" in row:
+            line += f"  units {row['units_used']:>5} of {row['units']}"
+        if "surprise" in row:
+            line += f"  surprise median {row['surprise']['median']:.3g}, most {row['surprise']['most']:.3g}"
+        if "half_lives" in row:
+            line += f"  half-lives {min(row['half_lives']):.0f} to {max(row['half_lives']):,.0f} tokens"
+        typer.echo(line)
+
+
+@context_app.command("fork")
+def context_fork(name: ContextName, new: Annotated[str, typer.Argument(metavar="NEW")], store: StoreDir = None) -> None:
+    """Give a context another name; both go their own way from there. Nothing is copied."""
+    from llm_mlp.context import Store
+
+    typer.echo(f"{new}: {Store(store).fork(name, new).id}")
+
+
+@context_app.command("undo")
+def context_undo(
+    name: ContextName,
+    model: ModelDir,
+    steps: Annotated[int, typer.Option(min=1, help="Marks to go back.")] = 1,
+    to: Annotated[int | None, typer.Option(help="Go back to the mark at this number of tokens.")] = None,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """Go back to what a context was before it was appended to."""
+    from llm_mlp.context import Store
+
+    own = Store(store)
+    own.entry(name)
+    _say(own.undo(name, _reader(model, device), steps=steps, tokens=to), name)
+
+
+@context_app.command("diff")
+def context_diff(
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
+    store: StoreDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """How two contexts differ: their texts' common beginning, and each layer's distance."""
+    from llm_mlp.context import Store, diff
+
+    own = Store(store)
+    found = diff(own.get(first), own.get(second))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    a, b = found["tokens"]
+    typer.echo(f"{first} {a:,} tokens, {second} {b:,} tokens; the first {found['common_tokens']:,} are the same")
+    for row in found["layers"]:
+        parts = [f"layer {row['layer']:>2}"]
+        if "fast_weight_distance" in row:
+            parts.append(f"fast weights differ by {row['fast_weight_distance']:.3g} of the norm")
+        if "units_shared" in row:
+            parts.append(f"units shared {row['units_shared']} of {row['units_used'][0]} and {row['units_used'][1]}")
+        typer.echo("  ".join(parts))
+
+
+@context_app.command("compose")
+def context_compose(
+    new: Annotated[str, typer.Argument(metavar="NEW")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    model: ModelDir,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """EXPERIMENTAL: one context of several documents', without reading them again (made with --composable)."""
+    from llm_mlp.context import ContextError, Store, compose
+
+    own = Store(store)
+    if own.look(new) is not None:
+        raise ContextError(f"context {new!r} exists; choose another name")
+    reader = _reader(model, device)
+    made = compose(reader, [own.get(name, reader) for name in names], [reader.tokenizer.eos])
+    own.commit(made, new)
+    _say(made, new)
+
+
+@context_app.command("export")
+def context_export(name: ContextName, path: Annotated[Path, typer.Argument()], store: StoreDir = None) -> None:
+    """Write a context's file elsewhere, to keep or to share."""
+    from llm_mlp.context import Store
+
+    Store(store).export(name, path)
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+@context_app.command("import")
+def context_import(
+    path: Annotated[Path, typer.Argument()], name: ContextName, replace: Replace = False, store: StoreDir = None
+) -> None:
+    """Take a context's file into the store; cut or altered ones are refused."""
+    from llm_mlp.context import Store
+
+    _say(Store(store).import_(path, name, replace=replace), name)
+
+
+@context_app.command("rm")
+def context_rm(name: ContextName, store: StoreDir = None) -> None:
+    """Remove a context, and the objects that no other name needs."""
+    from llm_mlp.context import Store
+
+    Store(store).remove(name)
+
+
+@context_app.command("gc")
+def context_gc(store: StoreDir = None) -> None:
+    """Remove what nothing needs: expired names, objects without a name, leftovers of killed writers."""
+    from llm_mlp.context import Store
+
+    done = Store(store).gc()
+    typer.echo(
+        f"removed {done['names']} expired names, {done['objects']} objects ({done['bytes'] / 1e6:,.1f} MB), "
+        f"{done['temporary']} temporary files"
+    )
