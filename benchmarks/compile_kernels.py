@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from llm_mlp.ops.cross_entropy import kernels as cross_entropy
 from llm_mlp.ops.heads import kernels as heads
+from llm_mlp.ops.linear_step import kernels as linear_step
 from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.memorise import step_kernels as memorise_steps
 from llm_mlp.ops.perceive import kernels as perceive
@@ -38,11 +39,13 @@ INTEGERS = (
     "span_ptr",
     "wild_ptr",
     "slot_ptr",
+    "full_ptr",
 )
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 # Pointers to tensors in the inputs' dtype; all others are float32.
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 NARROW |= {"x", "tail", "write", "erase", "dx", "dwrite", "derase", "dread", "dkey", "read", "key", "logit"}
+NARROW |= {"residual", *(f"{name}{n}" for name in ("w", "bias", "out") for n in range(3)), "heads"}
 NARROW |= {"value", "share", "gate", "out", "dout", "dshare", "dgate"}
 
 
@@ -65,7 +68,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
             if name == "inverse_ptr" and dtype == "float16":
                 kinds[name] = "*bf16"
         else:
-            kinds[name] = "fp32" if name in ("scale", "top", "eps", "cap") else "i32"
+            kinds[name] = "fp32" if name in ("scale", "top", "eps", "cap", "erase_max") else "i32"
     return kinds
 
 
@@ -172,11 +175,17 @@ def main() -> None:
                 size["BT"] *= max(1, 128 // args.value_width)
             show(kernel, {**constants, **size}, args.dtype, warps, args.stages, args.capability)
         width, one = args.heads * args.value_width, perceive._Sizes.of(args.heads, args.value_width, 1)
-        form = {"R": args.features, "BW": width, "BLOCK": 256, "SLOTS": 64, "BK": 32, "J": 512, "BS": 16}
+        form = {"R": args.features, "BW": width, "BLOCK": 256, "SLOTS": 64}
+        matrices = {"NORM": True, "RELU2": False, "RESIDUAL": False, "MATRICES": 3, "PRECISION": "tf32"}
+        matrices |= {f"BIAS{n}": True for n in range(3)}
         sizes = one.constants(args.heads, args.value_width)
         for kernel, constants in (
             (perceive_steps._step, {"F": args.features, **sizes, "SCALAR": True, "INDEXED": True}),
-            (memorise_steps._step, {**form, "SOFTMAX": False, "INDEXED": True}),
+            (memorise_steps._step, {**form, "BK": 32, "M": 4, "BM": 4, "SOFTMAX": False, "INDEXED": True}),
+            (memorise_steps._close, {**form, "J": 512, "BS": 16, "INDEXED": True}),
+            (heads._gates_step, {"BH": 32, "BE": 8, "DECAY": True, "SHARE": True}),
+            (linear_step._linear, {**linear_step.tiles(1, 4096, 1024), **matrices}),
+            (linear_step._linear, {**linear_step.tiles(16, 4096, 1024), **matrices}),
             (heads._inputs_step, {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}),
         ):
             show(kernel, constants, args.dtype, warps, args.stages, args.capability)

@@ -93,13 +93,16 @@ class AttentionMixer(Mixer):
         }
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
+        return x + self._step(rms_norm(x, self.eps), state, state_indices)
+
+    def _step(self, x: Tensor, state: State, state_indices: Tensor | None) -> Tensor:
         B = x.shape[0]
         rows = torch.arange(B, device=x.device) if state_indices is None else state_indices
         valid = rows >= 0
         if not bool(valid.all()):
             y = torch.zeros_like(x)
             if bool(valid.any()):
-                y[valid] = self.step(x[valid], state, rows[valid])
+                y[valid] = self._step(x[valid], state, rows[valid])
             return y
         length = state["length"][rows]
         longest = int(length.max()) + 1

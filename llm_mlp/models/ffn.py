@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
-from llm_mlp.models.mixer import Cost, Linear, init_linear
+from llm_mlp.models.mixer import Cost, Linear, init_linear, rms_norm
+from llm_mlp.ops.linear_step import Product, linear_step
 
 
 class FFN(nn.Module):
@@ -37,6 +38,13 @@ class FFN(nn.Module):
             c = torch.tanh(self.shape(x))[..., None]  # [..., groups, 1]
             h = h + (c * (-u).relu().square().unflatten(-1, (c.shape[-2], -1))).flatten(-2)
         return self.down(h)
+
+    def step(self, x: Tensor, eps: float) -> Tensor:
+        """One token: the residual stream ``[B, D]`` (not normed) -> x + y."""
+        if self.shape is not None:
+            return x + self(rms_norm(x, eps))
+        h = linear_step(x, [Product(self.up.weight)], eps=eps, relu2=True)[0]
+        return linear_step(h, [Product(self.down.weight)], residual=x)[0]
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -17,6 +17,7 @@ from llm_mlp.models.perception import PerceptionMixer
 from llm_mlp.models.routing import Routing
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.cross_entropy import softcap
+from llm_mlp.ops.linear_step import Product, linear_step
 from llm_mlp.ops.perceive import check_indices
 
 MIXERS: dict[str, Any] = {"perception": PerceptionMixer, "attention": AttentionMixer}
@@ -61,8 +62,7 @@ class Block(nn.Module):
         """One token, ``[B, D]`` -> ``[B, D]``; the state changes in place."""
         if self.routing is not None:
             x = self.routing(x, earlier)
-        x = x + self.mixer.step(rms_norm(x, self.eps), state, state_indices)
-        return x + self.ffn(rms_norm(x, self.eps))
+        return self.ffn.step(self.mixer.step(x, state, state_indices), self.eps)
 
 
 class LM(nn.Module):
@@ -182,7 +182,8 @@ class LM(nn.Module):
                 x = y
                 # Most tensors change in place; a cache that has grown is another one.
                 state.update({f"layers.{i}.{name}": t for name, t in own.items() if t is not before[name]})
-            logits = self._logits(rms_norm(x, self.config.norm_eps))
+            product = linear_step(x, [Product(self._head_weight())], eps=self.config.norm_eps)[0]
+            logits = self._capped(product)
         return logits.clone()  # a plain tensor
 
     def init_state(
@@ -209,8 +210,11 @@ class LM(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def _logits(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return softcap(linear(x, self._head_weight()).to(wide), self.config.logit_cap)
+        return self._capped(linear(x, self._head_weight()))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return softcap(logits.to(wide), self.config.logit_cap)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         # On a GPU this would wait for the device; there an embedding lookup out of range asserts by itself.

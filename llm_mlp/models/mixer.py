@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.ops.heads import rms_norm
+from llm_mlp.ops.linear_step import linear
 
 __all__ = ["Cost", "Linear", "Mixer", "State", "init_linear", "linear", "rms_norm"]
 
@@ -46,7 +46,8 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.forward")  # an abstract method
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
-        """One token: x ``[B, D]`` -> y ``[B, D]``; the state's tensors (a pool ``[N, ...]``) change in place."""
+        """One token: the residual stream x ``[B, D]`` (not normed) -> x + y; the state's tensors (a pool ``[N, ...]``)
+        change in place."""
         raise NotImplementedError(f"{type(self).__name__}.step")  # an abstract method
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
@@ -64,24 +65,10 @@ class Mixer(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that uses every core for a single row on a CPU, where decoding spends its time.
-
-    One row times a matrix is bound by reading the weights, and torch's product for it runs on one core; as a batch
-    of two halves both memory channels work (1.85x faster for 2048 x 512 in float32 on two cores).
-    """
+    """`torch.nn.Linear` by `llm_mlp.ops.linear_step.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``; see `Linear`."""
-    rows, width = weight.shape
-    if x.device.type != "cpu" or x.numel() != width or torch.is_grad_enabled() or rows % 2 or weight.numel() < 2**16:
-        return F.linear(x, weight, bias)
-    y = torch.bmm(x.reshape(1, 1, width).expand(2, 1, width), weight.view(2, rows // 2, width).mT)
-    y = y.view(*x.shape[:-1], rows)
-    return y if bias is None else y + bias
 
 
 def init_linear(weight: Tensor) -> None:

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, perceive_transition, units_init
 from llm_mlp.ops.conv import causal_conv, causal_conv_step
-from llm_mlp.ops.heads import HeadInputs, head_inputs, head_inputs_step, head_outputs, prepare, unit
+from llm_mlp.ops.heads import (
+    Gates,
+    HeadInputs,
+    gates,
+    gates_step,
+    head_inputs,
+    head_inputs_step,
+    head_outputs,
+    prepare,
+    unit,
+)
+from llm_mlp.ops.linear_step import Product, linear_step
 from llm_mlp.ops.perceive.chunked import CHUNK
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
@@ -103,24 +114,15 @@ class PerceptionMixer(Mixer):
 
     # -- the pieces that whole sequences and single tokens share; leading dimensions are [B, T] or [B] ---------
 
-    def _logits(self, x: Tensor, low: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the gates are computed from, decays included; gates that are switched off are absent."""
-        out = {
-            name: up(low[name])
-            for name, up in (("write", self.write_up), ("erase", self.erase_up), ("output", self.output_up))
-            if up is not None
-        }
-        heads = self.head_proj(x) if self.head_proj is not None else None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shape = (*x.shape[:-1], self.groups, self.heads_per_group)
-        if self.log_rate is not None and heads is not None:
-            rate = F.softplus(heads[..., : self.head_split[0]].to(wide)) * self.log_rate.to(wide).exp()
-            out["log_decay"] = -rate.view(shape)
-        else:
-            out["log_decay"] = x.new_zeros(shape, dtype=wide)
-        if self.block and heads is not None:
-            out["units"] = heads[..., self.head_split[0] :].view(shape)
-        return out
+    def _ups(self) -> dict[str, Linear]:
+        """The second matrix of each gate that is on."""
+        found = (("write", self.write_up), ("erase", self.erase_up), ("output", self.output_up))
+        return {name: up for name, up in found if up is not None}
+
+    def _scalars(self, x: Tensor, heads: Tensor | None, erase: Tensor | None, step: bool = False) -> Gates:
+        """Decays, shares and betas of tokens ``x``, from their logits."""
+        shape = self.groups, self.heads_per_group
+        return (gates_step if step else gates)(x, heads, self.log_rate, erase, shape=shape, erase_max=self.erase_max)
 
     def _prepare(self, qkv: Tensor, logits: dict[str, Tensor]) -> HeadInputs:
         """From the convolved q, k, v to the ops' inputs."""
@@ -142,12 +144,10 @@ class PerceptionMixer(Mixer):
             z = z * torch.sigmoid(z if self.first_slope is None else z * self.first_slope.to(z.dtype))
         return unit(z)
 
-    def _erase(self, k: Tensor, logits: Tensor | None) -> Tensor:
+    def _erase(self, k: Tensor, beta: Tensor | None) -> Tensor:
         """e of the ops: one number a group where the erase vector is that times k."""
-        if logits is None:
+        if beta is None:
             return k.new_zeros(k.shape[:-1])
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        beta = self.erase_max * torch.sigmoid(logits.to(wide))
         if self.erase == "free":
             return k * beta.view_as(k).to(k.dtype)
         if self.erase_diagonal is not None:
@@ -157,10 +157,9 @@ class PerceptionMixer(Mixer):
         return beta
 
     def _output(
-        self, y: Tensor, units: Tensor | None, w: Tensor, residual: Tensor, logits: dict[str, Tensor]
+        self, y: Tensor, units: Tensor | None, w: Tensor, residual: Tensor, share: Tensor | None, gate: Tensor | None
     ) -> Tensor:
-        """From what the heads read to the residual stream."""
-        share, gate = logits.get("units"), logits.get("output")
+        """From what the heads read to what the last matrix takes."""
         if self.surprise_gain is None:
             y = head_outputs(y, units, share, gate, eps=self.eps)
         else:
@@ -170,7 +169,7 @@ class PerceptionMixer(Mixer):
             y = y * (1 + gain * u / (u + written + 1e-6))[..., None].to(y.dtype)
             if gate is not None:
                 y = y * torch.sigmoid(gate).view_as(y)
-        return self.out_proj(y.flatten(-3))
+        return y.flatten(-3)
 
     def _low(self, x: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.gate_names, x.split(self.in_split[1:], -1), strict=True))
@@ -180,7 +179,10 @@ class PerceptionMixer(Mixer):
         after: State = {}
         # Two products, so that the gradient of the first need not be copied beside that of the second.
         channels, weight = self.in_split[0], self.in_proj.weight
-        qkv, logits = linear(x, weight[:channels]), self._logits(x, self._low(linear(x, weight[channels:])))
+        qkv, low = linear(x, weight[:channels]), self._low(linear(x, weight[channels:]))
+        logits = {name: up(low[name]) for name, up in self._ups().items()}
+        heads = None if self.head_proj is None else self.head_proj(x)
+        scalars = self._scalars(x, heads, logits.get("erase"))
         if self.first_layer is None:
             i, tail = head_inputs(
                 qkv,
@@ -201,15 +203,15 @@ class PerceptionMixer(Mixer):
             i = self._prepare(qkv, logits)
         if tail is not None:
             after["conv"] = tail
-        e = self._erase(i.k, logits.get("erase"))
+        e = self._erase(i.k, scalars.beta)
         if self.observer is not None:
-            self.observer(*perceive_transition(i.k, e, logits["log_decay"]))
+            self.observer(*perceive_transition(i.k, e, scalars.log_decay))
         y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
             i.q,
             i.k,
             e,
             i.w,
-            logits["log_decay"],
+            scalars.log_decay,
             before.get("fast_weights"),
             cu_seqlens=cu_seqlens,
             return_residual=True,
@@ -231,11 +233,22 @@ class PerceptionMixer(Mixer):
                 cu_seqlens=cu_seqlens,
             )
             after.update(zip(_UNITS, units, strict=True))
-        return self._output(y, read, i.w, residual, logits), after
+        y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
+        return self.out_proj(y), after
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
-        qkv, low = self.in_proj(x).split((self.in_split[0], sum(self.in_split[1:])), -1)
-        logits = self._logits(x, self._low(low))
+        products = [Product(self.in_proj.weight)]
+        if self.head_proj is not None:
+            products.append(Product(self.head_proj.weight, self.head_proj.bias))
+        projected, *more = linear_step(x, products, eps=self.eps)
+        heads = more[0] if more else None
+        qkv, low = projected.split((self.in_split[0], sum(self.in_split[1:])), -1)
+        logits, ups = {}, self._ups()
+        if ups:
+            begin = dict(zip(self.gate_names, accumulate(self.in_split[1:-1], initial=0), strict=True))
+            found = linear_step(low, [Product(up.weight, up.bias, begin[name]) for name, up in ups.items()])
+            logits = dict(zip(ups, found, strict=True))
+        scalars = self._scalars(x, heads, logits.get("erase"), step=True)
         if self.first_layer is None:
             i = head_inputs_step(
                 qkv,
@@ -256,9 +269,9 @@ class PerceptionMixer(Mixer):
         y, residual = perceive_step(
             i.q,
             i.k,
-            self._erase(i.k, logits.get("erase")),
+            self._erase(i.k, scalars.beta),
             i.w,
-            logits["log_decay"],
+            scalars.log_decay,
             state["fast_weights"],
             state_indices,
             return_residual=True,
@@ -269,7 +282,7 @@ class PerceptionMixer(Mixer):
                 i.units_q,
                 i.units_k,
                 i.w,
-                residual.sum(-1),
+                residual,
                 self.sink,
                 Units(*(state[name] for name in _UNITS)),
                 state_indices,
@@ -277,7 +290,8 @@ class PerceptionMixer(Mixer):
                 slots=self.slots,
                 activation=self.read,
             )
-        return self._output(y, read, i.w, residual, logits)
+        y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
+        return linear_step(y, [Product(self.out_proj.weight)], residual=x)[0]
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
         G, m, V = self.groups, self.heads_per_group, self.value_width

@@ -295,6 +295,54 @@ def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
     return [(run(None), inputs), (run([4, -1, 0]), inputs)]
 
 
+def _linear_step_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.linear_step import Product, linear_step
+
+    normal = _normals(1, device)
+
+    def of(B: int, eps: float | None, relu2: bool, residual: bool, *sizes: tuple[int, int, int]) -> Case:
+        D = max(begin + K for _, K, begin in sizes)
+        tensors = [normal(B, D), *(normal(N, K) / K**0.5 for N, K, _ in sizes), *(normal(N) for N, _, _ in sizes)]
+        tensors += [normal(B, sizes[0][0])] if residual else []
+
+        def run(backend: str) -> Callable:
+            def call(x: Tensor, *more: Tensor) -> Sequence[Tensor]:
+                n = len(sizes)
+                products = [Product(more[i], more[n + i], sizes[i][2]) for i in range(n)]
+                base = more[-1] if residual else None
+                return linear_step(x, products, eps=eps, relu2=relu2, residual=base, backend=backend)
+
+            return call
+
+        return run, [x.to(dtype) for x in tensors]
+
+    return [
+        case
+        for B in (1, 3, 16)
+        for case in (
+            of(B, 1e-6, False, False, (2500, 1024, 0), (70, 1024, 0)),
+            of(B, 1e-6, True, False, (300, 576, 0)),
+            of(B, None, False, True, (300, 4096, 0)),
+            of(B, None, False, False, (1024, 64, 128), (8, 64, 0), (300, 64, 64)),
+        )
+    ]
+
+
+def _gates_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.heads import gates_step
+
+    B, G, m, normal = 3, 2, 3, _normals(1, device)
+
+    def run(backend: str) -> Callable:
+        def call(heads: Tensor, rate: Tensor, erase: Tensor) -> Sequence[Tensor]:
+            found = gates_step(heads, heads, rate, erase, shape=(G, m), erase_max=1.98, backend=backend)
+            return [x for x in found if x is not None]
+
+        return call
+
+    return [(run, [8 * normal(B, 2 * G * m).to(dtype), -3 + normal(G * m), 4 * normal(B, G).to(dtype)])]
+
+
 _CASES: dict[str, Callable[..., list[Case]]] = {
     "perceive": _perceive_cases,
     "memorise": _memorise_cases,
@@ -303,6 +351,8 @@ _CASES: dict[str, Callable[..., list[Case]]] = {
     "perceive_step": _perceive_step_cases,
     "memorise_step": _memorise_step_cases,
     "heads_step": _heads_step_cases,
+    "gates_step": _gates_step_cases,
+    "linear_step": _linear_step_cases,
 }
 
 

@@ -19,6 +19,8 @@ CHECKED = [  # every op with kernels, at small sizes
     ("heads", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
     ("heads", (("R", 0), ("V", 16), ("dtype", "bfloat16"))),
     ("heads_step", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
+    ("gates_step", (("R", 0), ("V", 0), ("dtype", "bfloat16"))),
+    ("linear_step", (("dtype", "bfloat16"),)),
     ("cross_entropy", (("dtype", "bfloat16"),)),
     ("perceive_step", (*SIZES[:3], ("scalar", True), ("state", "float32"), ("dtype", "bfloat16"))),
     (

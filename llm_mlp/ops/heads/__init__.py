@@ -31,6 +31,8 @@ class HeadInputs(NamedTuple):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, without a gain, computed in float32 at least."""
+    if x.is_cuda:  # torch's kernel there computes in float32 by itself
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
     return F.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype)
 
 
@@ -204,6 +206,66 @@ def head_outputs(
         y = y + torch.sigmoid(share)[..., None].to(y.dtype) * read
     y = rms_norm(y, eps)
     return y if gate is None else y * torch.sigmoid(gate).view_as(y)
+
+
+class Gates(NamedTuple):
+    """What the heads' scalars come to; ``[..., G, m]`` and ``[..., G]``."""
+
+    log_decay: Tensor  # float32 at least
+    share: Tensor | None  # logits of what the memorised units add; None without units
+    beta: Tensor | None  # of the erase vectors, float32 at least; None where there is none
+
+
+def gates(
+    like: Tensor,
+    heads: Tensor | None,
+    log_rate: Tensor | None,
+    erase: Tensor | None,
+    *,
+    shape: tuple[int, int],
+    erase_max: float,
+) -> Gates:
+    """``log_decay = -softplus(a) exp(log_rate)`` and ``beta = erase_max sigmoid(erase)``.
+
+    Args:
+        like: any tensor ``[..., X]`` of the same tokens.
+        heads: logits ``[..., H]`` or ``[..., 2 H]``: a of the decays if there is a ``log_rate`` (``[H]``), then shares.
+        erase: logits, one a group or more. shape: (G, m); G m = H.
+    """
+    H, wide = shape[0] * shape[1], torch.float64 if like.dtype == torch.float64 else torch.float32
+    decays = H if log_rate is not None else 0
+    if log_rate is not None and heads is not None:
+        rate = F.softplus(heads[..., :H].to(wide)) * log_rate.to(wide).exp()
+        log_decay = -rate.unflatten(-1, shape)
+    else:
+        log_decay = like.new_zeros((*like.shape[:-1], *shape), dtype=wide)
+    share = None
+    if heads is not None and heads.shape[-1] > decays:
+        share = heads[..., decays:].unflatten(-1, shape)
+    return Gates(log_decay, share, None if erase is None else erase_max * torch.sigmoid(erase.to(wide)))
+
+
+def gates_step(
+    like: Tensor,
+    heads: Tensor | None,
+    log_rate: Tensor | None,
+    erase: Tensor | None,
+    *,
+    shape: tuple[int, int],
+    erase_max: float,
+    backend: str = "auto",
+) -> Gates:
+    """`gates` of one token of each sequence; tensors ``[B, ...]``. Not differentiable."""
+    not_served = None if heads is not None and erase is not None else "a layer without decays, units or erase vectors"
+    if like.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        not_served = f"dtype {like.dtype} (bfloat16, float16 and float32 are)"
+    kind = choose("gates_step", backend, like.device, not_served, lambda: _untrusted(0, 0, like, "gates_step"))
+    with torch.no_grad():
+        if kind == "triton" and like.numel() and heads is not None and erase is not None:
+            from llm_mlp.ops.heads import kernels  # triton is optional
+
+            return Gates(*kernels.gates_step(heads, log_rate, erase, shape, erase_max))
+        return gates(like, heads, log_rate, erase, shape=shape, erase_max=erase_max)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ LAUNCH: Table = {
     "_inputs": {"BT": 32, "num_warps": 4},
     "_inputs_back": {"RUN": 128, "num_warps": 1},
     "_inputs_step": {"num_warps": 1},
+    "_gates_step": {"num_warps": 1},
     "_outputs": {"BT": 32, "num_warps": 4},
     "_outputs_back": {"BT": 32, "num_warps": 4},
 }
@@ -362,13 +363,36 @@ def _outputs_back(
         tl.store(dshare_ptr + t, narrow(dshare, dshare_ptr.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _gates_step(
+    heads_ptr, rate_ptr, erase_ptr, decay_ptr, share_ptr, beta_ptr, heads_stride, erase_stride, H, E, erase_max,
+    BH: tl.constexpr, BE: tl.constexpr, DECAY: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """The heads' scalars of one token."""
+    b = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BH)
+    if DECAY:
+        a = tl.load(heads_ptr + b * heads_stride + h, mask=h < H, other=0.0).to(tl.float32)
+        rate = tl.exp(tl.load(rate_ptr + h, mask=h < H, other=0.0).to(tl.float32))
+        small = tl.exp(-tl.abs(a))
+        # log1p by its series where adding to 1 would lose it.
+        log1p = tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
+        tl.store(decay_ptr + b * H + h, -(tl.maximum(a, 0.0) + log1p) * rate, mask=h < H)
+    if SHARE:
+        at = b * heads_stride + (H if DECAY else 0) + h
+        tl.store(share_ptr + b * H + h, tl.load(heads_ptr + at, mask=h < H, other=0.0), mask=h < H)
+    e = tl.arange(0, BE)
+    erase = tl.load(erase_ptr + b * erase_stride + e, mask=e < E, other=0.0).to(tl.float32)
+    tl.store(beta_ptr + b * E + e, erase_max * _sigmoid(erase), mask=e < E)
+
+
 # -- host ----------------------------------------------------------------------------------------------------------
 
 
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
-    safe = {kernel: {"BT": 32, "num_warps": 2} for kernel in LAUNCH}
-    return LAUNCH, {**safe, "_inputs_back": {"RUN": 64, "num_warps": 2}, "_inputs_step": {"num_warps": 2}}
+    safe = {kernel: {"num_warps": 2} if "BT" not in LAUNCH[kernel] else {"BT": 32, "num_warps": 2} for kernel in LAUNCH}
+    return LAUNCH, {**safe, "_inputs_back": {"RUN": 64, "num_warps": 2}}
 
 
 def sizes_of(R: int, V: int, dtype: torch.dtype) -> Sizes:
@@ -586,6 +610,48 @@ def inputs_step(
         x = x.contiguous()
     write = None if write is None else aligned(write)
     return _step(x, conv, slope, write, gain, tails, indices, groups, read_width, list(heads), eps)
+
+
+@torch.library.custom_op("llm_mlp::gates_step", mutates_args=())
+def _gates(
+    heads: Tensor, log_rate: Tensor | None, erase: Tensor, shape: list[int], erase_max: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, width), H, E = heads.shape, shape[0] * shape[1], erase.shape[-1]
+    decays = H if log_rate is not None else 0
+    out = _fresh_gates(heads, log_rate, erase, shape)
+    way = plan("gates_step", sizes_of(0, 0, heads.dtype))
+    with way.compiling():
+        _gates_step[(B,)](
+            heads, log_rate, erase, *out, heads.stride(0), erase.stride(0), H, E, erase_max,
+            BH=triton.next_power_of_2(H), BE=triton.next_power_of_2(E), DECAY=decays > 0, SHARE=width > decays,
+            **way.of(candidates())["_gates_step"],
+        )  # fmt: skip
+    return out
+
+
+def _fresh_gates(
+    heads: Tensor, log_rate: Tensor | None, erase: Tensor, shape: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H = len(heads), shape[0] * shape[1]
+    decay = heads.new_empty((B, *shape), dtype=torch.float32)
+    if log_rate is None:
+        decay.zero_()
+    shares = heads.shape[1] > (H if log_rate is not None else 0)
+    return decay, heads.new_empty((B if shares else 0, *shape)), heads.new_empty(erase.shape, dtype=torch.float32)
+
+
+@_gates.register_fake
+def _(heads, log_rate, erase, shape, erase_max):
+    return _fresh_gates(heads, log_rate, erase, shape)
+
+
+def gates_step(
+    heads: Tensor, log_rate: Tensor | None, erase: Tensor, shape: tuple[int, int], erase_max: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `llm_mlp.ops.heads.gates_step`: logits ``[B, H or 2 H]`` and ``[B, E]``."""
+    heads, erase = (x if x.stride(-1) == 1 else x.contiguous() for x in (heads, erase))
+    decay, share, beta = _gates(heads, log_rate, erase, list(shape), erase_max)
+    return decay, share if len(share) else None, beta
 
 
 @torch.library.custom_op("llm_mlp::head_outputs", mutates_args=())

@@ -123,7 +123,7 @@ def memorise_step(
     """One token of a batch: writes the token's row, reads, takes a full block into the slots, advances length.
 
     Args:
-        q, k: ``[B, G, R]``. w: ``[B, G, m, V]``. score: ``[B, G]``. sink: ``[G]``.
+        q, k: ``[B, G, R]``. w: ``[B, G, m, V]``. score: ``[B, G]``, or ``[B, G, n]`` to be added up. sink: ``[G]``.
         units: pool of N, changed in place. state_indices: as in `perceive_step`.
         backend: ``auto | chunked | triton`` (chunked: plain torch).
 
@@ -134,9 +134,9 @@ def memorise_step(
         raise ValueError(f"memorise_step: k {tuple(k.shape)} and w {tuple(w.shape)} must be [B, G, R] and [B, G, m, V]")
     B, G, R = k.shape
     m, V = w.shape[-2:]
-    for name, tensor, shape in (("q", q, (B, G, R)), ("w", w, (B, G, m, V)), ("score", score, (B, G))):
+    for name, tensor, shape in (("q", q, (B, G, R)), ("w", w, (B, G, m, V)), ("sink", sink, (G,))):
         expect("memorise_step", name, tensor, shape)
-    expect("memorise_step", "sink", sink, (G,))
+    expect("memorise_step", "score", score, (B, G, *score.shape[2:3]))
     check_sizes("memorise_step", block, slots)
     N = units.length.shape[0] if state_indices is not None else B
     check_units("memorise_step", units, (N, G, R, m, V), block, slots)
@@ -150,6 +150,8 @@ def memorise_step(
     sizes = R, m * V, block, slots, activation, q.dtype, units.keys.dtype
     kind = choose("memorise_step", backend, q.device, not_served, lambda: _step_untrusted(q.device, *sizes))
     run = step.memorise_step
+    if kind != "triton" and score.ndim == 3:
+        score = score.sum(-1)
     if kind == "triton":
         from llm_mlp.ops.memorise import step_kernels  # triton is optional
 

@@ -1,8 +1,9 @@
 """`memorise_step` as Triton kernels: a program reads the units of one group of one sequence, and changes them in place.
 
-Rows are read once, those in use only. Where the token fills its block, the program also chooses the slots: it counts
-the rows ahead of each (by score, ties by age) and moves rows from the last slot to the first. Slots are sorted, so a
-row never moves towards the first slot, and no row is overwritten before it has moved.
+Rows are read once, those in use only. Where the token fills its block, a second kernel chooses the slots (in the first
+it would hold registers that every token pays for): it counts the rows ahead of each (by score, ties by age) and moves
+rows from the last slot to the first. Slots are sorted, so a row never moves towards the first slot, and no row is
+overwritten before it has moved.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from llm_mlp.ops.memorise.units import Units
 from llm_mlp.ops.tiles import narrow
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
-LAUNCH: Table = {"_step": {"BK": 32, "num_warps": 4}}
+LAUNCH: Table = {"_step": {"BK": 32, "num_warps": 4}, "_close": {"num_warps": 4}}
 
 
 @triton.jit(do_not_specialize=["G"])
 def _step(
     q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, y_ptr,
-    G, width, scale,
-    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, J: tl.constexpr,
-    BS: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr,
+    full_ptr, G, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
+    BM: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = b
@@ -35,6 +36,7 @@ def _step(
     at = b * G + g
     if row < 0:
         tl.store(y_ptr + at * width + c, tl.zeros((BW,), y_ptr.dtype.element_ty), mask=inside)
+        tl.store(full_ptr + at, 0)
     else:
         ROWS: tl.constexpr = SLOTS + BLOCK
         units = (row * G + g) * ROWS
@@ -47,7 +49,9 @@ def _step(
         own_w = narrow(own_w, value_ptr.dtype.element_ty)
         tl.store(keys + new * R + r, own_k)
         tl.store(values + new * width + c, own_w, mask=inside)
-        tl.store(kept + new, tl.load(score_ptr + at))
+        i = tl.arange(0, BM)
+        tl.store(kept + new, tl.sum(tl.load(score_ptr + at * M + i, mask=i < M, other=0.0), 0))
+        tl.store(full_ptr + at, (filled == BLOCK - 1).to(tl.int32))
         sink = tl.load(sink_ptr + g).to(tl.float32)
         own_z = tl.sum(q * own_k.to(tl.float32), 0)
         if SOFTMAX:
@@ -79,8 +83,29 @@ def _step(
             total += tl.sum(p, 0)
             y += tl.sum(p[:, None] * value, 0)
         tl.store(y_ptr + at * width + c, narrow(y / total, y_ptr.dtype.element_ty), mask=inside)
-        if filled == BLOCK - 1:
-            tl.debug_barrier()  # the row that was just written is seen by all threads
+
+
+@triton.jit(do_not_specialize=["G"])
+def _close(
+    key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, full_ptr, G, width,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr,
+    INDEXED: tl.constexpr,
+):  # fmt: skip
+    """One more token in each sequence; where it has filled its block (`_step` says so), the slots are chosen."""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = b
+    if INDEXED:
+        row = tl.load(index_ptr + b).to(tl.int64)
+    if row >= 0:
+        if g == 0:
+            tl.store(length_ptr + row, tl.load(length_ptr + row) + 1)
+        if tl.load(full_ptr + b * G + g) != 0:
+            ROWS: tl.constexpr = SLOTS + BLOCK
+            c = tl.arange(0, BW)
+            inside = c < width
+            r = tl.arange(0, R)
+            units = (row * G + g) * ROWS
+            keys, values, kept = key_ptr + units * R, value_ptr + units * width, kept_ptr + units
             j = tl.arange(0, J)
             score = tl.load(kept + j, mask=j < ROWS, other=-float("inf"))
             rank = tl.zeros((J,), tl.int32)
@@ -119,20 +144,9 @@ def _step(
                 tl.store(kept + o, tl.full((BS,), -float("inf"), tl.float32), mask=o < ROWS)
 
 
-@triton.jit
-def _advance(length_ptr, index_ptr, B, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """One more token in each sequence."""
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = b.to(tl.int64)
-    if INDEXED:
-        row = tl.load(index_ptr + b, mask=b < B, other=-1).to(tl.int64)
-    used = (b < B) & (row >= 0)
-    tl.store(length_ptr + row, tl.load(length_ptr + row, mask=used, other=0) + 1, mask=used)
-
-
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
-    return LAUNCH, {"_step": {"BK": 16, "num_warps": 2}}
+    return LAUNCH, {"_step": {"BK": 16, "num_warps": 2}, "_close": {"num_warps": 2}}
 
 
 def sizes_of(
@@ -150,16 +164,20 @@ def _memorise_step(
     length: Tensor, indices: Tensor | None, block: int, slots: int, activation: str,
 ) -> Tensor:  # fmt: skip
     (B, G, R), width, rows = q.shape, w.shape[-2] * w.shape[-1], keys.shape[2]
-    y = torch.empty_like(w)
+    y, full = torch.empty_like(w), torch.empty((B, G), dtype=torch.int32, device=w.device)
     way = plan("memorise_step", sizes_of(R, width, block, slots, activation, q.dtype, keys.dtype))
+    launch, M = way.of(candidates()), score[0, 0].numel()
+    form = {"R": R, "BW": max(16, triton.next_power_of_2(width)), "BLOCK": block, "SLOTS": slots}
+    form["INDEXED"] = indices is not None
     with way.compiling():
         _step[(B, G)](
-            q, k, w, score, sink, keys, values, scores, length, indices, y, G, width, R**-0.5,
-            R=R, BW=max(16, triton.next_power_of_2(width)), BLOCK=block, SLOTS=slots,
-            J=triton.next_power_of_2(rows), BS=16, SOFTMAX=activation == "softmax", INDEXED=indices is not None,
-            **way.of(candidates())["_step"],
+            q, k, w, score, sink, keys, values, scores, length, indices, y, full, G, width, R**-0.5, **form,
+            M=M, BM=triton.next_power_of_2(M), SOFTMAX=activation == "softmax", **launch["_step"],
         )  # fmt: skip
-        _advance[(triton.cdiv(B, 256),)](length, indices, B, BLOCK=256, INDEXED=indices is not None, num_warps=1)
+        _close[(B, G)](
+            keys, values, scores, length, indices, full, G, width, **form, J=triton.next_power_of_2(rows), BS=16,
+            **launch["_close"],
+        )  # fmt: skip
     return y
 
 

@@ -1,0 +1,160 @@
+"""`linear_step` as one Triton kernel: a program reads some rows of one matrix once and multiplies them by all tokens.
+
+One token is multiplied number by number in float32, several by matrix units. A norm's factor is applied to the
+products, so x is read as it is: ``W (x / r) = (W x) / r``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_mlp.ops.linear_step import Product
+from llm_mlp.ops.tiles import narrow, product_onto
+from llm_mlp.ops.tune import Sizes, Table, plan
+
+NUMBERS = 2**13  # of a matrix that a program multiplies at a time: 64 registers of each of 128 threads
+FEW = 2048  # rows of a matrix that give every SM a few programs of 16 rows
+LAUNCH: Table = {"_linear": {"num_warps": 4, "num_stages": 3}}
+
+
+@triton.jit
+def _rows(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, tile, B, stride, N, K, eps,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RELU2: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BN rows of a matrix by all tokens."""
+    n, b = tile * BN + tl.arange(0, BN), tl.arange(0, BB)
+    known = n < N
+    if BB == 1:
+        sums, squares = tl.zeros((BN, BK), tl.float32), tl.zeros((BK,), tl.float32)
+        for a in range(0, K, BK):
+            k = a + tl.arange(0, BK)
+            inside = k < K
+            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + (n[:, None] * K + k[None, :]), mask=known[:, None] & inside[None, :], other=0.0)
+            sums += w.to(tl.float32) * x[None, :]
+            if NORM:
+                squares += x * x
+        y = tl.sum(sums, 1)[None, :]
+        if NORM:
+            y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    else:
+        y, square = tl.zeros((BB, BN), tl.float32), tl.zeros((BB,), tl.float32)
+        for a in range(0, K, BK):
+            k = a + tl.arange(0, BK)
+            inside = k < K
+            x = tl.load(x_ptr + (b[:, None] * stride + k[None, :]), mask=(b < B)[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_ptr + (n[:, None] * K + k[None, :]), mask=known[:, None] & inside[None, :], other=0.0)
+            y = product_onto(y, x, tl.trans(w), PRECISION)
+            if NORM:
+                wide = x.to(tl.float32)
+                square += tl.sum(wide * wide, 1)
+        if NORM:
+            y *= tl.rsqrt(square / K + eps)[:, None]
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=known, other=0.0).to(tl.float32)[None, :]
+    if RELU2:
+        y = tl.maximum(y, 0.0)
+        y *= y
+    at, real = b[:, None] * N + n[None, :], (b < B)[:, None] & known[None, :]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["B", "tiles0", "tiles1"])
+def _linear(
+    x_ptr, residual_ptr, w0_ptr, bias0_ptr, out0_ptr, w1_ptr, bias1_ptr, out1_ptr, w2_ptr, bias2_ptr, out2_ptr,
+    B, stride, N0, N1, N2, K0, K1, K2, begin1, begin2, tiles0, tiles1, eps,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr, RELU2: tl.constexpr, RESIDUAL: tl.constexpr, MATRICES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    if tile < tiles0:
+        _rows(
+            x_ptr, w0_ptr, bias0_ptr, residual_ptr, out0_ptr, tile, B, stride, N0, K0, eps,
+            BB, BN, BK, NORM, BIAS0, RELU2, RESIDUAL, PRECISION,
+        )  # fmt: skip
+    if MATRICES > 1:  # noqa: SIM102 (known when it is compiled)
+        if (tile >= tiles0) & (tile < tiles0 + tiles1):
+            _rows(
+                x_ptr + begin1, w1_ptr, bias1_ptr, residual_ptr, out1_ptr, tile - tiles0, B, stride, N1, K1, eps,
+                BB, BN, BK, NORM, BIAS1, RELU2, False, PRECISION,
+            )  # fmt: skip
+    if MATRICES > 2:  # noqa: SIM102
+        if tile >= tiles0 + tiles1:
+            _rows(
+                x_ptr + begin2, w2_ptr, bias2_ptr, residual_ptr, out2_ptr, tile - tiles0 - tiles1, B, stride, N2, K2,
+                eps, BB, BN, BK, NORM, BIAS2, RELU2, False, PRECISION,
+            )  # fmt: skip
+
+
+# -- host ----------------------------------------------------------------------------------------------------------
+
+
+def candidates() -> tuple[Table, Table]:
+    """Launch tables, the fast one first (see perceive/kernels.py)."""
+    return LAUNCH, {"_linear": {"num_warps": 2, "num_stages": 1}}
+
+
+def sizes_of(dtype: torch.dtype) -> Sizes:
+    """What `tune` knows a launch by."""
+    return (("dtype", str(dtype).removeprefix("torch.")),)
+
+
+def tiles(batch: int, rows: int, columns: int) -> dict[str, int]:
+    """The sizes of a program's tile, for matrices of so many rows (all together) and columns (the most)."""
+    if batch == 1:
+        BN = 16 if rows >= FEW else 4
+        return {"BB": 1, "BN": BN, "BK": min(triton.next_power_of_2(columns), NUMBERS // BN)}
+    return {"BB": 16, "BN": 16, "BK": min(max(16, triton.next_power_of_2(columns)), 256)}
+
+
+@torch.library.custom_op("llm_mlp::linear_step", mutates_args=())
+def _linear_step(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], begins: list[int], eps: float | None, relu2: bool,
+    residual: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    B, count = len(x), len(weights)
+    out = [x.new_empty((B, len(w))) for w in weights]
+    N, K = [len(w) for w in weights], [w.shape[1] for w in weights]
+    tile = tiles(B, sum(N), max(K))
+    grid = [triton.cdiv(n, tile["BN"]) for n in N] + [0] * (3 - count)
+    way = plan("linear_step", sizes_of(x.dtype))
+
+    def three(values: list) -> list:
+        return [*values, *[values[0]] * (3 - count)]
+
+    first, (N0, N1, N2), (K0, K1, K2) = begins[0], three(N), three(K)
+    begin = [b - first for b in three(begins)]
+    matrices = [t for row in zip(three(weights), three(biases), three(out), strict=True) for t in row]
+    with way.compiling():
+        _linear[(sum(grid),)](
+            x[:, first:], residual, *matrices, B, x.stride(0), N0, N1, N2, K0, K1, K2, begin[1], begin[2],
+            grid[0], grid[1], eps or 0.0, NORM=eps is not None, RELU2=relu2, RESIDUAL=residual is not None,
+            MATRICES=count, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            **{f"BIAS{n}": b is not None for n, b in enumerate(three(biases))}, **tile,
+            **way.of(candidates())["_linear"],
+        )  # fmt: skip
+    return out
+
+
+@_linear_step.register_fake
+def _(x, weights, biases, begins, eps, relu2, residual):
+    return [x.new_empty((len(x), len(w))) for w in weights]
+
+
+def linear_step(
+    x: Tensor, products: Sequence[Product], eps: float | None, relu2: bool, residual: Tensor | None
+) -> list[Tensor]:
+    """As `llm_mlp.ops.linear_step` on checked inputs."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    weights, biases, begins = (list(column) for column in zip(*products, strict=True))
+    return _linear_step(x, weights, biases, begins, eps, relu2, None if residual is None else residual.contiguous())
