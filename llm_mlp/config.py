@@ -269,6 +269,10 @@ class TrainConfig(Config):
     micro_batch: int = Field(0, ge=0, description="sequences a forward pass; 0: the whole batch. Divides batch_size")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = Field(False, description="torch.compile every block")
+    cuda_graph: bool = Field(
+        False,
+        description="forward and backward as one CUDA graph, which does not wait for Python (packing joined, not fp16)",
+    )
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     on_nan: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
     debug_checks: bool = Field(False, description="check the ops' inputs for NaN and positive decays (slow)")
@@ -287,6 +291,11 @@ class TrainConfig(Config):
             raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
         if self.data.packing == "streams" and "attention" in self.model.mixers:
             raise ValueError("data.packing = streams needs a state of fixed size; attention's cache grows without end")
+        if self.cuda_graph and (self.data.packing != "joined" or self.precision == "fp16"):
+            raise ValueError(
+                "cuda_graph = true needs batches of one shape and no loss scale: set data.packing = joined, and "
+                "precision to bf16 or fp32"
+            )
         return self
 
 

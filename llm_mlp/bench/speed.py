@@ -16,7 +16,7 @@ from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
 from llm_mlp.models import LM, build_model
-from llm_mlp.models.capture import CapturedStep
+from llm_mlp.models.capture import CapturedGradients, CapturedStep
 from llm_mlp.precision import DTYPES, Precision
 from llm_mlp.presets import TWIN
 
@@ -57,54 +57,92 @@ def bench_training(
     lengths: list[int],
     precision: str,
     compile_: bool,
+    graph: bool,
+    checkpointing: bool,
     tokens: int,
     repeats: int,
     results: str | Path | None,
     threads: int,
     device: str,
 ) -> Iterator[str]:
-    """Forward and backward, preset and twin in turn; yields a line a length, records tokens/s and the ratio."""
+    """Forward and backward, preset and twin in turn; yields a line a length, records tokens/s and the ratio.
+
+    ``graph``: both as CUDA graphs, one after the other, because each holds its activations as long as it lives.
+    """
     if precision not in ("fp32", *DTYPES):
         raise ConfigError(f"--precision {precision!r}: expected fp32, {' or '.join(DTYPES)}")
     on = setup(device, threads)
+    if graph:
+        _need_cuda(on)
     models = _pair(preset, on)
     mode = Precision(precision, on)  # type: ignore[arg-type]
+    for model in models.values():
+        model.activation_checkpointing = checkpointing
+        if compile_:
+            for block in model.blocks:
+                block.compile(dynamic=False)
     for length in lengths:
         batch = max(1, tokens // length)
-        times: dict[str, list[float]] = {name: [] for name in models}
         data = torch.randint(next(iter(models.values())).config.vocab_size, (batch, length + 1)).to(on)
-        for model in models.values():
-            if compile_:
-                for block in model.blocks:
-                    block.compile(dynamic=False)
+        inputs, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
 
-        def step(model: LM, data: torch.Tensor = data) -> None:
+        def step(model: LM, inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> None:
             with mode.autocast():
-                loss = model(data[:, :-1], targets=data[:, 1:]).loss
+                loss = model(inputs, targets=targets).loss
             loss.backward()
             model.zero_grad(set_to_none=True)
 
-        for round_ in range(repeats + 1):  # the first is warm-up
-            for name, model in models.items():
-                seconds = timed(partial(step, model), on)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        memory: dict[str, int] = {}
+
+        def measure(
+            name: str, call: Callable[[], Any], rounds: range, times=times, memory=memory
+        ) -> None:  # round 0 is warm-up
+            for round_ in rounds:
+                if on.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(on)
+                seconds = timed(call, on)
+                if on.type == "cuda":
+                    memory[name] = max(memory.get(name, 0), torch.cuda.max_memory_allocated(on))
                 if round_:
                     times[name].append(seconds)
+
+        if graph:
+            for name, model in models.items():
+                captured = CapturedGradients(model, batch, length, mode.autocast)
+                measure(name, partial(captured, inputs, targets), range(repeats + 1))
+                del captured
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+        else:
+            for round_ in range(repeats + 1):
+                for name, model in models.items():
+                    measure(name, partial(step, model), range(round_, round_ + 1))
         speed = {name: batch * length / statistics.median(t) for name, t in times.items()}
         ratio = speed[preset] / speed[preset + TWIN]
         facts = {"preset": preset, "length": length, "batch": batch, "precision": precision, "compiled": compile_}
+        facts |= {"graph": graph, "activation_checkpointing": checkpointing, "peak_memory_bytes": memory or None}
         if results:
             record(results, "train-speed", facts | {"tokens_per_second": speed, "ratio": ratio}, device=on, seed=0)
         yield (
             f"length {length:>6}: {speed[preset]:>10,.0f} tokens/s, twin {speed[preset + TWIN]:>10,.0f}, "
-            f"ratio {ratio:.2f}"
+            f"ratio {ratio:.2f}" + "".join(f"; {name} peak {size / 1e9:.1f} GB" for name, size in memory.items())
         )
 
 
+def _need_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"--graph: CUDA graphs need a CUDA device, this one is {device}")
+
+
 @torch.no_grad()
-def time_decoding(model: LM, context: int, steps: int, batch: int = 1, graph: bool = False) -> dict[str, float]:
+def time_decoding(
+    model: LM, context: int, steps: int, batch: int = 1, graph: bool = False, narrow: torch.dtype | None = None
+) -> dict[str, float]:
     """Median seconds a step after ``context`` random tokens, and the bytes of a sequence's state there.
 
-    ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
+    ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph. ``narrow``: dtype that fast
+    weights are kept in while decoding; None: that of their sums.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -114,6 +152,8 @@ def time_decoding(model: LM, context: int, steps: int, batch: int = 1, graph: bo
     for a in range(0, context, PREFILL):
         state = model(ids[:, a : a + PREFILL], state, logits="none").state
     assert state is not None
+    if narrow is not None:
+        state = {name: t.to(narrow) if name.endswith("fast_weights") else t for name, t in state.items()}
     size = sum(t.numel() * t.element_size() for t in state.values())
     state = {name: t.repeat(batch, *[1] * (t.ndim - 1)) for name, t in state.items()}
     token = ids[:, -1].repeat(batch)
@@ -132,6 +172,7 @@ def bench_decoding(
     steps: int,
     batch: int,
     precision: str,
+    states: str,
     graph: bool,
     results: str | Path | None,
     threads: int,
@@ -139,31 +180,45 @@ def bench_decoding(
 ) -> Iterator[str]:
     """Preset and twin at each context; yields a line a context, records tokens/s, state bytes and the ratio.
 
-    ``graph``: the preset's steps as a CUDA graph; the twin's cache grows, so its steps are launched one by one and
-    no ratio is given.
+    ``states``: of fast weights, fp32 or a 16-bit format. ``graph``: the preset's steps as a CUDA graph; the twin's
+    cache grows, so its steps are launched one by one and no ratio is given. A twin whose caches do not fit has none.
     """
-    if precision not in ("fp32", *DTYPES):
-        raise ConfigError(f"--precision {precision!r}: expected fp32, {' or '.join(DTYPES)}")
+    for option, value in (("--precision", precision), ("--states", states)):
+        if value not in ("fp32", *DTYPES):
+            raise ConfigError(f"{option} {value!r}: expected fp32, {' or '.join(DTYPES)}")
     on = setup(device, threads)
-    if graph and on.type != "cuda":
-        raise ConfigError(f"--graph: CUDA graphs need a CUDA device, this one is {on}")
+    if graph:
+        _need_cuda(on)
     models = _pair(preset, on)
     for model in models.values():
         model.to(torch.float32 if precision == "fp32" else DTYPES[precision])
     for context in contexts:
-        found = {
-            name: time_decoding(model, context, steps, batch, graph and name == preset)
-            for name, model in models.items()
-        }
+        found, too_large = {}, ""
+        for name, model in models.items():
+            own = name == preset
+            narrow = None if states == "fp32" or not own else DTYPES[states]
+            try:
+                found[name] = time_decoding(model, context, steps, batch, graph and own, narrow)
+            except torch.OutOfMemoryError:
+                if own:
+                    raise
+                too_large = f"its caches of {batch} sequences do not fit"
+            if on.type == "cuda":
+                torch.cuda.empty_cache()
         speed = {name: batch / f["seconds"] for name, f in found.items()}
         size = {name: f["state_bytes"] for name, f in found.items()}
-        ratio = None if graph else speed[preset] / speed[preset + TWIN]
+        twin = preset + TWIN
+        ratio = None if graph or too_large else speed[preset] / speed[twin]
         if results:
-            facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "graph": graph}
-            facts |= {"tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
+            facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "states": states}
+            facts |= {"graph": graph, "tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
             record(results, "decode-speed", facts, device=on, seed=0)
-        how = " (not in a graph)" if graph else f", ratio {ratio:.2f}"
+        beside = too_large or (
+            f"{speed[twin]:>8,.1f}"
+            + (" (not in a graph)" if ratio is None else f", ratio {ratio:.2f}")
+            + f"; its state {size[twin] / 1e6:.1f} MB"
+        )
         yield (
-            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, twin {speed[preset + TWIN]:>8,.1f}{how}; "
-            f"state {size[preset] / 1e6:.1f} MB, twin {size[preset + TWIN] / 1e6:.1f} MB"
+            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, {1e3 * batch / speed[preset]:.2f} ms a step, "
+            f"state {size[preset] / 1e6:.1f} MB; twin: {beside}"
         )

@@ -369,6 +369,10 @@ def bench_train(
     lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "1024,8192",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile every block.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Forward and backward as one CUDA graph, of both.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Keep a layer's input, compute the rest again.")
+    ] = False,
     tokens: Tokens = 8192,
     repeats: Repeats = 3,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
@@ -379,7 +383,7 @@ def bench_train(
     from llm_mlp.bench.speed import bench_training
 
     for line in bench_training(
-        preset, _numbers(lengths), precision, compile_, tokens, repeats, results, threads, device
+        preset, _numbers(lengths), precision, compile_, graph, checkpointing, tokens, repeats, results, threads, device
     ):
         typer.echo(line)
 
@@ -391,6 +395,7 @@ def bench_decode(
     steps: Repeats = 40,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together.")] = 1,
     precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    states: Annotated[str, typer.Option(help="Of the fast weights while decoding: fp32, bf16 or fp16.")] = "fp32",
     graph: Annotated[bool, typer.Option("--graph", help="The preset's steps as a CUDA graph.")] = False,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     threads: Threads = 0,
@@ -399,7 +404,9 @@ def bench_decode(
     """Decoding speed and state bytes against the twin with its cache."""
     from llm_mlp.bench.speed import bench_decoding
 
-    for line in bench_decoding(preset, _numbers(contexts), steps, batch, precision, graph, results, threads, device):
+    for line in bench_decoding(
+        preset, _numbers(contexts), steps, batch, precision, states, graph, results, threads, device
+    ):
         typer.echo(line)
 
 

@@ -157,7 +157,9 @@ class LM(nn.Module):
             if routed:
                 earlier.append(x)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(block, *args, use_reentrant=False)
+                # Without dropout there is no random state to go back to (nor may a CUDA graph ask for it).
+                random = self.config.dropout > 0
+                x, new = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=random)
             else:
                 x, new = block(*args)
             after.update({f"layers.{i}.{name}": t for name, t in new.items()})

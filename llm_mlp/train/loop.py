@@ -24,6 +24,7 @@ from llm_mlp.data import Batch, Dataset, Loader, held_out_batches, prepare
 from llm_mlp.device import pick_device
 from llm_mlp.eval.text import TextScore, score_batches
 from llm_mlp.models import LM, build_model
+from llm_mlp.models.capture import CapturedGradients
 from llm_mlp.ops import debug_checks
 from llm_mlp.precision import Precision
 from llm_mlp.train import snapshot
@@ -111,6 +112,8 @@ def train(
     device = pick_device(config.device)
     if config.compile and device.type == "cpu":
         _need_compiler()
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError(f"cuda_graph: true needs a CUDA device; this run is on {device}")
     if device.type == "cpu":
         keep_freed_memory()
     last = snapshot.checkpoints(run)
@@ -180,6 +183,8 @@ class _Run:
         if progress.scaler:
             self.precision.scaler.load_state_dict(progress.scaler)
         self.result = TrainResult(run, progress.step, 0, 0.0, 0.0, math.nan, math.nan, 0)
+        # Made with the first batch, when the model is where it stays.
+        self._captured: CapturedGradients | None = None
         self._times: list[float] = []
         self._best = False  # whether the last evaluation was the best so far
         self._saved_at = progress.step if progress.step else -1
@@ -250,9 +255,7 @@ class _Run:
         set_rate(self.optimizers, config.optimizer.lr * rate_factor(config.schedule, step, config.steps))
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._loss(batch) / max(1, counted)
-            scaler.scale(loss).backward()
-            total += loss.detach()
+            total += self._gradients(batch, 1 / max(1, counted))
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
         limit = config.optimizer.clip or math.inf
@@ -268,9 +271,23 @@ class _Run:
         for optimizer in self.optimizers:
             if good or overflow:
                 scaler.step(optimizer)  # after an overflow it does nothing but remember
-            optimizer.zero_grad(set_to_none=True)
+            if self._captured is None:
+                optimizer.zero_grad(set_to_none=True)
+        if self._captured is not None:
+            self._captured.clear()
         scaler.update()
         return mean, size
+
+    def _gradients(self, batch: Batch, scale: float) -> Tensor:
+        """Adds a micro-batch's gradients; its summed loss times ``scale``."""
+        if self.config.cuda_graph:
+            if self._captured is None:
+                rows, length = batch.tokens.shape
+                self._captured = CapturedGradients(self.model, rows, length, self.precision.autocast)
+            return self._captured(batch.tokens, batch.targets, scale)
+        loss = self._loss(batch) * scale
+        self.precision.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch; streams carry their state on."""

@@ -5,7 +5,7 @@ import torch
 
 from llm_mlp.config import ModelConfig, build
 from llm_mlp.models import build_model
-from llm_mlp.models.capture import CapturedStep
+from llm_mlp.models.capture import CapturedGradients, CapturedStep
 from llm_mlp.ops import memorise, perceive
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -98,3 +98,26 @@ def test_captured_steps_are_steps(dtype):
         config = build(ModelConfig, {"preset": "demo-transformer"})
         model = build_model(config, device="cuda").eval()
         CapturedStep(model, model.init_state(2), 2)
+
+
+def test_gradients_in_a_graph():
+    model = build_model(build(ModelConfig, {"preset": "demo"}), device="cuda").randomize_()
+    data = torch.randint(model.config.vocab_size, (3, 2, 257), device="cuda")
+
+    def plain(i):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = 0.5 * model(data[i, :, :-1], targets=data[i, :, 1:], reduction="sum").loss
+        loss.backward()
+        return loss.item()
+
+    losses = [plain(0), plain(1)]
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    captured = CapturedGradients(model, 2, 256, lambda: torch.autocast("cuda", torch.bfloat16))
+    assert all(not p.grad.any() for p in model.parameters())  # capturing leaves no gradient
+    captured(data[2, :, :-1], data[2, :, 1:])
+    captured.clear()
+    got = [captured(data[i, :, :-1], data[i, :, 1:], 0.5).item() for i in (0, 1)]
+    assert got == pytest.approx(losses, rel=1e-5)
+    for p, w in zip(model.parameters(), want, strict=True):
+        assert (p.grad - w).norm() <= 1e-3 * w.norm()

@@ -333,3 +333,9 @@ def _fields(cls: type[Config], prefix: str = "") -> list[tuple[str, Any]]:
 @pytest.mark.parametrize(("name", "field"), _fields(ModelConfig))
 def test_every_field_has_a_default(name, field):
     assert not field.is_required(), name
+
+
+def test_a_cuda_graph_needs_batches_of_one_shape():
+    with pytest.raises(ConfigError, match=r"cuda_graph = true .* data\.packing = joined"):
+        build(TrainConfig, {"cuda_graph": True, "data": {"packing": "reset"}})
+    assert build(TrainConfig, {"cuda_graph": True, "data": {"packing": "joined"}, "precision": "bf16"}).cuda_graph
