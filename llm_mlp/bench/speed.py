@@ -95,29 +95,25 @@ def bench_training(
         times: dict[str, list[float]] = {name: [] for name in models}
         memory: dict[str, int] = {}
 
-        def measure(
-            name: str, call: Callable[[], Any], rounds: range, times=times, memory=memory
-        ) -> None:  # round 0 is warm-up
-            for round_ in rounds:
-                if on.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(on)
-                seconds = timed(call, on)
-                if on.type == "cuda":
-                    memory[name] = max(memory.get(name, 0), torch.cuda.max_memory_allocated(on))
-                if round_:
-                    times[name].append(seconds)
+        def measure(name: str, call: Callable[[], Any], round_: int, times=times) -> None:
+            seconds = timed(call, on)
+            if round_:  # the first is warm-up
+                times[name].append(seconds)
 
         if graph:
             for name, model in models.items():
+                torch.cuda.reset_peak_memory_stats(on)
                 captured = CapturedGradients(model, batch, length, mode.autocast)
-                measure(name, partial(captured, inputs, targets), range(repeats + 1))
+                for round_ in range(repeats + 1):
+                    measure(name, partial(captured, inputs, targets), round_)
+                memory[name] = torch.cuda.max_memory_allocated(on)
                 del captured
                 model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
         else:
             for round_ in range(repeats + 1):
                 for name, model in models.items():
-                    measure(name, partial(step, model), range(round_, round_ + 1))
+                    measure(name, partial(step, model), round_)
         speed = {name: batch * length / statistics.median(t) for name, t in times.items()}
         ratio = speed[preset] / speed[preset + TWIN]
         facts = {"preset": preset, "length": length, "batch": batch, "precision": precision, "compiled": compile_}

@@ -58,12 +58,15 @@ def _best(device: torch.device, not_served: str | None, untrusted: Callable[[], 
     """The fastest implementation on a device, and why it is chosen."""
     if device.type != "cuda":
         return "chunked", f"the fast path on {device.type}"
-    if os.environ.get(OVERRIDE):
-        if os.environ[OVERRIDE] not in ("chunked", "triton"):
-            raise ValueError(f"{OVERRIDE}={os.environ[OVERRIDE]}: expected chunked or triton")
-        return os.environ[OVERRIDE], f"{OVERRIDE} says so"
+    chosen = os.environ.get(OVERRIDE, "")
+    if chosen not in ("", "chunked", "triton"):
+        raise ValueError(f"{OVERRIDE}={chosen}: expected chunked or triton")
+    if chosen == "chunked":
+        return chosen, f"{OVERRIDE} says so"
     if reason := _no_triton(device) or (f"the kernels do not serve {not_served}" if not_served else None):
         return "chunked", reason
+    if chosen:
+        return chosen, f"{OVERRIDE} says so"
     if reason := untrusted():
         return "chunked", reason
     return "triton", "the fast path on cuda, checked against float64"

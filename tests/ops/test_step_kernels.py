@@ -93,6 +93,20 @@ def test_memorise(rows, activation, block, slots, scores):
             assert torch.equal(x[others], old[others])
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_memorise_adds_scores_up(backend):
+    how = {"block": 4, "slots": 3, "backend": backend}
+    q, k, w, score, sink = memorise_inputs(2, 9, 1, 16, 1, 16, scores="distinct", dtype=torch.float32)
+    parts = torch.stack([0.25 * score, 0.5 * score, 0.25 * score], -1).float().to(DEVICE)
+    q, k, w, score, sink = (x.float().to(DEVICE) for x in (q, k, w, score, sink))
+    one, other = (units_init(2, 1, 16, 1, 16, block=4, slots=3, dtype=torch.float32, device=DEVICE) for _ in range(2))
+    for t in range(9):
+        a = memorise_step(q[:, t], k[:, t], w[:, t], score[:, t], sink, one, **how)
+        b = memorise_step(q[:, t], k[:, t], w[:, t], parts[:, t], sink, other, **how)
+        assert torch.equal(a, b)
+    assert torch.equal(one.keys, other.keys)
+
+
 def test_memorise_rows_in_another_dtype():
     how = {"block": 4, "slots": 3}
     q, k, w, score, sink = memorise_inputs(2, 11, 1, 16, 1, 16, scores="distinct", dtype=torch.float32)

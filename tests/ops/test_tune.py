@@ -109,6 +109,9 @@ def test_auto_asks_before_it_chooses(monkeypatch):
     assert backend.choose("perceive", "auto", cuda, None, lambda: "wrong here") == "chunked"
     assert backend.choose("perceive", "auto", cuda, "F = 24", lambda: pytest.fail("nothing to ask")) == "chunked"
     assert backend.choose("perceive", "triton", cuda, None, lambda: "wrong here") == "triton"  # as told
+    monkeypatch.setenv(backend.OVERRIDE, "triton")
+    assert backend.choose("perceive", "auto", cuda, None, lambda: "wrong here") == "triton"
+    assert backend.choose("perceive", "auto", cuda, "F = 24") == "chunked"  # it would compute something else
     monkeypatch.setenv(backend.OVERRIDE, "chunked")
     assert backend.choose("perceive", "auto", cuda) == "chunked"
     monkeypatch.setenv(backend.OVERRIDE, "reference")

@@ -98,6 +98,8 @@ def _not_served(x: Tensor, products: Sequence[Product]) -> str | None:
         return f"dtype {x.dtype} (bfloat16, float16 and float32 are)"
     if len(x) > ROWS:
         return f"more than {ROWS} sequences (matrix products of the library are as fast)"
+    if x.dtype == torch.float32 and len(x) > 1:
+        return "several sequences in float32 (its sums are less exact than the library's)"
     for weight, bias, _ in products:
         if weight.dtype != x.dtype or not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
             return "weights in another dtype than x, or not contiguous"

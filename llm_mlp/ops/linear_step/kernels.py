@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.linear_step import Product
+from llm_mlp.ops.linear_step import ROWS, Product
 from llm_mlp.ops.tiles import narrow, product_onto
 from llm_mlp.ops.tune import Sizes, Table, plan
 
@@ -122,6 +122,8 @@ def _linear_step(
     residual: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     B, count = len(x), len(weights)
+    if B > ROWS:
+        raise ValueError(f"linear_step: {B} sequences, the kernel serves {ROWS}")
     out = [x.new_empty((B, len(w))) for w in weights]
     N, K = [len(w) for w in weights], [w.shape[1] for w in weights]
     tile = tiles(B, sum(N), max(K))

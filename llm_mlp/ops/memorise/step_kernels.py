@@ -17,7 +17,12 @@ from llm_mlp.ops.memorise.units import Units
 from llm_mlp.ops.tiles import narrow
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
-LAUNCH: Table = {"_step": {"BK": 32, "num_warps": 4}, "_close": {"num_warps": 4}}
+LAUNCH: Table = {
+    "_step": {"BK": 32, "num_warps": 4},
+    "_step_few": {"BK": 128, "num_warps": 8},
+    "_close": {"num_warps": 4},
+}
+FEW = 132  # programs that leave SMs without work: then the time of one program counts, not the memory's rate
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -65,12 +70,13 @@ def _step(
         y = own_p * own_w.to(tl.float32)
         for a in range(0, new, BK):
             j = a + tl.arange(0, BK)
+            there = (j < new)[:, None]  # empty slots are read too: their rows need not wait for the scores
             slot = tl.load(kept + j, mask=j < SLOTS, other=0.0)
             seen = (j < new) & (slot > -float("inf"))
-            key = tl.load(keys + (j[:, None] * R + r[None, :]), mask=seen[:, None], other=0.0).to(tl.float32)
-            value = tl.load(
-                values + (j[:, None] * width + c[None, :]), mask=seen[:, None] & inside[None, :], other=0.0
-            ).to(tl.float32)
+            key = tl.load(keys + (j[:, None] * R + r[None, :]), mask=there, other=0.0).to(tl.float32)
+            value = tl.load(values + (j[:, None] * width + c[None, :]), mask=there & inside[None, :], other=0.0).to(
+                tl.float32
+            )
             z = tl.sum(key * q[None, :], 1)
             if SOFTMAX:
                 higher = tl.maximum(best, tl.max(tl.where(seen, z, -float("inf")), 0))
@@ -146,7 +152,8 @@ def _close(
 
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
-    return LAUNCH, {"_step": {"BK": 16, "num_warps": 2}, "_close": {"num_warps": 2}}
+    safe = {"BK": 16, "num_warps": 2}
+    return LAUNCH, {"_step": safe, "_step_few": safe, "_close": {"num_warps": 2}}
 
 
 def sizes_of(
@@ -172,7 +179,8 @@ def _memorise_step(
     with way.compiling():
         _step[(B, G)](
             q, k, w, score, sink, keys, values, scores, length, indices, y, full, G, width, R**-0.5, **form,
-            M=M, BM=triton.next_power_of_2(M), SOFTMAX=activation == "softmax", **launch["_step"],
+            M=M, BM=triton.next_power_of_2(M), SOFTMAX=activation == "softmax",
+            **launch["_step_few" if B * G <= FEW else "_step"],
         )  # fmt: skip
         _close[(B, G)](
             keys, values, scores, length, indices, full, G, width, **form, J=triton.next_power_of_2(rows), BS=16,
@@ -202,4 +210,4 @@ def memorise_step(
     if not q.numel():
         return w
     q, k, w, score = (aligned(x) for x in (q, k, w, score.float()))
-    return _memorise_step(q, k, w, score, sink.float().contiguous(), *units, indices, block, slots, activation)
+    return _memorise_step(q, k, w, score, sink.contiguous(), *units, indices, block, slots, activation)
