@@ -88,10 +88,11 @@ class LM(nn.Module):
     @torch.no_grad()
     def randomize_(self, seed: int = 0) -> LM:
         """Add noise to every parameter, so that nothing that starts at zero hides in a test or a benchmark."""
-        generator = torch.Generator().manual_seed(seed)
+        device = self.embedding.weight.device  # where the noise is made: a large model's takes long on a CPU
+        generator = torch.Generator(device).manual_seed(seed)
         for p in self.parameters():
             scale = 0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1
-            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64, device=device).to(p))
         return self
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
