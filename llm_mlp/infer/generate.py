@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_mlp.infer.prefill import read_tokens
+from llm_mlp.infer.prefill import check_tokens, read_tokens
 from llm_mlp.infer.sampling import Sampling, sample
 from llm_mlp.models import LM
 from llm_mlp.models.mixer import State
@@ -50,13 +50,12 @@ def generate(
     if start is None and not len(prompt):
         raise ValueError("the prompt is empty; give at least one token")
     known = model.config.vocab_size
-    for i in prompt:
-        if not 0 <= i < known:
-            raise ValueError(f"prompt token {i} is outside the model's vocabulary of {known}")
+    check_tokens(model, torch.as_tensor(prompt, dtype=torch.int64))
     device = next(model.parameters()).device
-    generator = torch.Generator(device=device)
+    generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     seen = torch.zeros((1, known), dtype=torch.bool, device=device)
+    written = torch.zeros((1, known), dtype=torch.int32, device=device)
     state, position = None, 0
     if start is not None:
         before = torch.as_tensor(start.tokens, dtype=torch.int64)
@@ -72,10 +71,12 @@ def generate(
     for i in range(max_tokens):
         if vocabulary is not None:
             logits[:, vocabulary:] = -torch.inf
-        token = sample(logits, seen, sampling, generator)
+        uniform = torch.rand(1, dtype=torch.float64, generator=generator)
+        token = sample(logits, [sampling], uniform, seen, written)
         if stop is not None and int(token) == stop:
             return
         yield int(token)
         seen[0, token] = True
+        written[0, token] += 1
         if i + 1 < max_tokens:
             logits = model.step(token, state)

@@ -37,10 +37,7 @@ def read_tokens(
     ids = torch.as_tensor(tokens, dtype=torch.int64).reshape(1, -1)
     if not ids.numel():
         raise ValueError("no tokens to read")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= model.config.vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(f"token {bad} is outside the model's vocabulary of {model.config.vocab_size}")
+    check_tokens(model, ids)
     ids = ids.to(next(model.parameters()).device)
     done, total, logits = 0, ids.shape[1], None
     while done < total:
@@ -51,3 +48,12 @@ def read_tokens(
             progress(done)
     assert state is not None and logits is not None
     return state, logits[:, -1]
+
+
+def check_tokens(model: LM, ids: Tensor) -> None:
+    """Raise `ValueError` where an id is outside the model's vocabulary."""
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= model.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token {bad} is outside the model's vocabulary of {model.config.vocab_size}")

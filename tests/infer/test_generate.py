@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from model_cases import CASES, random_model
@@ -65,13 +67,14 @@ def test_bad_prompts(prompt, says):
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
+WRITTEN = torch.tensor([[0, 3, 1, 0, 0]])
 NONE_SEEN = torch.zeros(1, 5, dtype=torch.bool)
 
 
 def chosen(sampling: Sampling, seen: torch.Tensor = NONE_SEEN, n: int = 4000) -> torch.Tensor:
     """How often each token is chosen, as shares."""
-    generator = torch.Generator().manual_seed(0)
-    many = sample(LOGITS.expand(n, -1), seen.expand(n, -1), sampling, generator)
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    many = sample(LOGITS.expand(n, -1), [sampling] * n, uniform, seen.expand(n, -1), WRITTEN.expand(n, -1))
     return torch.bincount(many, minlength=5) / n
 
 
@@ -100,13 +103,57 @@ def test_repetition_penalty():
     penalised = LOGITS / torch.tensor([[4.0, 1, 1, 1, 0.25]])
     expected = torch.softmax(penalised[0], -1)
     assert (chosen(Sampling(repetition_penalty=4.0), seen) - expected).abs().max() < 0.03
-    assert int(sample(LOGITS, seen, Sampling(temperature=0, repetition_penalty=4.0))) == 1
+    greedy = Sampling(temperature=0, repetition_penalty=4.0)
+    assert sample(LOGITS, [greedy], torch.zeros(1), seen).tolist() == [1]
+
+
+def test_penalties_of_what_was_written():
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    expected = torch.softmax(LOGITS[0] - torch.tensor([0, 0.5 + 3 * 0.25, 0.5 + 0.25, 0, 0]), -1)
+    assert (chosen(sampling) - expected).abs().max() < 0.03
+
+
+def test_bias():
+    expected = torch.softmax(LOGITS[0] + torch.tensor([-100.0, 0, 0, 0, 1.5]), -1)
+    assert (chosen(Sampling(logit_bias={0: -100, 4: 1.5})) - expected).abs().max() < 0.03
+
+
+def test_a_row_depends_on_itself_alone():
+    """The same row, rules and number among others and alone; a nucleus beyond the first tokens looked at."""
+    logits = torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
+    rules = [
+        Sampling(0), Sampling(), Sampling(top_p=0.97), Sampling(1.3, top_k=40, min_p=0.01), Sampling(0.7, 5),
+        Sampling(top_p=0.01), Sampling(repetition_penalty=2.0, logit_bias={3: 5.0}),
+    ]  # fmt: skip
+    uniform = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seen = torch.rand(7, 3000, generator=torch.Generator().manual_seed(2)) < 0.1
+    whole = sample(logits, rules, uniform, seen)
+    for b in range(7):
+        row = slice(b, b + 1)
+        assert sample(logits[row], [rules[b]], uniform[row], seen[row]) == whole[b]
+    assert whole[0] == logits[0].argmax() and whole[5] == logits[5].argmax()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_what_cannot_be_is_not_chosen(u):
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    assert sample(logits, [Sampling()], torch.tensor([u], dtype=torch.float64)).item() == (1 if u == 0 else 2)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", 2), ("repetition_penalty", 0)],
+    [
+        ("temperature", -1),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {1: 101.0}),
+    ],
 )
 def test_bad_values(field, value):
-    with pytest.raises(ValueError, match=f"{field} = {value} must be"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} = {value} must be")):
         Sampling(**{field: value})

@@ -1,0 +1,467 @@
+"""Many requests over one model: prompts are read in pieces between decoding steps, which all running requests share.
+
+The state of a sequence has a fixed size, so a request is a row of a pool and nothing grows. A step of the engine reads
+at most `Engine.chunk` tokens of prompts and then decodes one token of every running request: streams keep their pace
+however long a prompt is that joins them.
+
+What a request gets does not depend on the others, within rounding; with ``invariant`` to the bit: every decoding step
+has the pool's own batch size, rows without a request being padding. A prompt is always read alone, in pieces that end
+at multiples of the chunk from the text's start, so the reading is the same in both modes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llm_mlp.infer.generate import Start
+from llm_mlp.infer.prefill import check_tokens
+from llm_mlp.infer.sampling import Sampling, sample
+from llm_mlp.models import LM
+from llm_mlp.models.capture import CapturedStep
+from llm_mlp.models.mixer import State
+
+log = logging.getLogger("llm_mlp.infer")
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+CHUNK = 512
+# Rows of an invariant step are a multiple of this. Torch's loops on a CPU take the numbers left over behind the last full
+# vector one by one, by functions that round differently: a row may not be among those.
+ROWS = 32
+
+
+class Full(RuntimeError):
+    """The queue is full; ask again later."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to go on from.
+
+    Args:
+        prompt: token ids; may be empty after a ``start``. max_tokens: to write at most; 0 only reads.
+        seed: of the sampling; None draws one. stop: ids that end the text and are not part of it.
+        start: what was read before the prompt; it is not changed.
+        logprobs: how many alternatives to tell the log probabilities of, beside the token's own; None: none.
+        keep: the last event carries the state after the whole text (the tokens written included).
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    stop: frozenset[int] = frozenset()
+    start: Start | None = None
+    logprobs: int | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request: prompt tokens read so far, or a token written, or its end."""
+
+    read: int = 0
+    token: int | None = None
+    logprob: float = 0.0  # of the token, of the model's own distribution
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their log probabilities
+    finish: Finish | None = None
+    final: Start | None = None
+    error: str = ""
+
+
+class Ticket:
+    """A request under way. `cancel` ends it within a step, whatever it is doing."""
+
+    def __init__(self, number: int, request: Request, emit: Callable[[Event], None], wake: Callable[[], None]) -> None:
+        self.number, self.request, self._emit, self._wake = number, request, emit, wake
+        self.cancelled = False
+        self.submitted = time.perf_counter()
+        self.position = len(request.start.tokens) if request.start is not None else 0  # tokens before the next to read
+        self.done = 0  # of the prompt
+        self.state: State | None = None  # while the prompt is read
+        self.logits: Tensor | None = None
+        self.row = -1
+        self.written: list[int] = []
+        self.last = -1  # the token that the next step takes
+        self.closing = False  # the last token is written and only has to be read into the state
+        self.generator = torch.Generator()
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
+        self.seen: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._wake()
+
+    def emit(self, event: Event) -> None:
+        try:
+            self._emit(event)
+        except Exception:  # a listener that has gone may not stop the others
+            log.exception("request %d: its listener failed; it is cancelled", self.number)
+            self.cancelled = True
+
+    def uniform(self) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
+
+
+@dataclass
+class Counters:
+    """Since the engine was made."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+def state_bytes(model: LM) -> int:
+    """Of the state of one sequence.
+
+    Raises:
+        ValueError: a layer's state grows with the text (attention), so it has no place in a pool.
+    """
+    sizes = model.init_state(1, device="meta")
+    if growing := [name for name, t in sizes.items() if not t.numel() and name.endswith(("keys", "values"))]:
+        layer = growing[0].rsplit(".", 1)[0]
+        raise ValueError(
+            f"{layer}: attention keeps keys and values of every token, and the engine serves states of a fixed size; "
+            "`llm-mlp generate` runs such models one text at a time"
+        )
+    return sum(t.numel() * t.element_size() for t in sizes.values())
+
+
+def slots_within(model: LM, wanted: int, budget: int | None, stored: int = 0) -> tuple[int, str]:
+    """How many requests can run at a time within a budget of bytes (None: as many as wanted), at least one, and a line
+    that says so. ``stored``: bytes set aside for stored contexts."""
+    each = state_bytes(model)
+    fit = wanted if budget is None else max(1, min(wanted, (budget - stored) // each))
+    kept = stored // each
+    line = f"{fit} active + {kept} stored contexts of {each / 1e6:.2f} MB"
+    if fit < wanted:
+        line += f" ({wanted} were asked for; {budget:,} bytes hold no more)"
+    return fit, line
+
+
+class Engine:
+    """Runs requests; `step` from one thread, `submit`, `call` and `Ticket.cancel` from any.
+
+    Args:
+        slots: requests that decode at a time; others wait their turn.
+        chunk: prompt tokens read at most between two decoding steps.
+        queue: requests that may wait; more are refused.
+        invariant: what a request gets is the same to the bit whatever else runs (slower where few run).
+        vocabulary: ids from here on are never chosen.
+        graphs: decoding steps as CUDA graphs, one for each power of two of running requests.
+
+    Raises:
+        ValueError: a model whose state grows (`state_bytes`).
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        *,
+        slots: int = 8,
+        chunk: int = CHUNK,
+        queue: int = 256,
+        invariant: bool = False,
+        vocabulary: int | None = None,
+        graphs: bool = True,
+    ) -> None:
+        if slots < 1 or chunk < 1 or queue < 0:
+            raise ValueError(f"slots = {slots} and chunk = {chunk} must be at least 1, queue = {queue} at least 0")
+        state_bytes(model)
+        self.model = model.eval()
+        self.slots, self.chunk, self.queue, self.invariant = slots, chunk, queue, invariant
+        self.vocabulary = vocabulary or model.config.vocab_size
+        self.device = next(model.parameters()).device
+        self.pool = model.init_state(slots)
+        self.counters = Counters()
+        self._graphs: dict[int, tuple[CapturedStep, Tensor]] | None = (
+            {} if graphs and self.device.type == "cuda" else None
+        )
+        self._free = list(range(slots - 1, -1, -1))
+        self._waiting: deque[Ticket] = deque()
+        self._reading: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._numbers = itertools.count(1)
+        self._changed = threading.Condition()
+        self._closed = False
+
+    # -- from any thread -------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, emit: Callable[[Event], None]) -> Ticket:
+        """Queue a request; ``emit`` gets its events, in the engine's thread, the last one with ``finish``.
+
+        Raises:
+            Full: the queue is full, or the engine is closing. ValueError: tokens that are no tokens of the model.
+        """
+        if request.max_tokens < 0 or (request.start is None and not len(request.prompt)):
+            raise ValueError("a request needs a prompt or a start, and max_tokens of at least 0")
+        check_tokens(self.model, torch.as_tensor(request.prompt, dtype=torch.int64))
+        if bad := [i for i in request.sampling.logit_bias if not 0 <= i < self.vocabulary]:
+            raise ValueError(f"logit_bias: token {bad[0]} is outside the vocabulary of {self.vocabulary}")
+        with self._changed:
+            if self._closed:
+                raise Full("the engine is closing")
+            if len(self._waiting) >= self.queue + len(self._free):
+                raise Full(f"{len(self._waiting)} requests are waiting already")
+            ticket = Ticket(next(self._numbers), request, emit, self._wake)
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run ``function`` between two steps, where it may use the model; its result."""
+        future: Future = Future()
+        with self._changed:
+            if self._closed:
+                raise Full("the engine is closing")
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """No more requests; `run` returns when those it has are done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    @property
+    def load(self) -> dict[str, int]:
+        """Requests by what they do, and slots that are free."""
+        with self._changed:
+            return {
+                "waiting": len(self._waiting),
+                "reading": len(self._reading),
+                "running": len(self._running),
+                "free": len(self._free),
+            }
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._running or self._calls)
+
+    # -- from the engine's thread ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Step while there is work, wait while there is none, return after `close` when all is done."""
+        while True:
+            with self._changed:
+                while not self.busy and not self._closed:
+                    self._changed.wait()
+                if not self.busy:
+                    return
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Read up to `chunk` prompt tokens, then decode one token of every running request."""
+        while self._calls:
+            function, future = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # it is the caller's
+                    future.set_exception(error)
+        with self._changed:
+            for ticket in [t for t in self._waiting if t.cancelled]:
+                self._waiting.remove(ticket)
+                self._finish(ticket, "cancelled")
+            while self._waiting and self._free:
+                ticket = self._waiting.popleft()
+                ticket.row = self._free.pop()
+                self._reading.append(ticket)
+        for ticket in [t for t in (*self._reading, *self._running) if t.cancelled]:
+            self._leave(ticket, "cancelled")
+        budget = self.chunk
+        while self._reading and budget > 0:
+            ticket = self._reading[0]
+            try:
+                budget -= self._read(ticket)
+            except Exception as error:  # out of memory, say: of this request alone
+                log.exception("request %d: reading its prompt failed", ticket.number)
+                self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+        if self._running:
+            try:
+                self._decode()
+            except Exception as error:
+                log.exception("a decoding step failed; its %d requests end", len(self._running))
+                for ticket in list(self._running):
+                    self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+
+    def _read(self, ticket: Ticket) -> int:
+        """Read the next piece of a prompt; how many tokens that was."""
+        request = ticket.request
+        if ticket.state is None:
+            if request.start is not None:
+                # Copied: what continues a context leaves it as it is.
+                ticket.state = {n: t.to(self.device, copy=True) for n, t in request.start.state.items()}
+                ticket.logits = request.start.logits.to(self.device, copy=True)
+            else:
+                ticket.state = {}
+        size = min(len(request.prompt) - ticket.done, self.chunk - ticket.position % self.chunk)
+        if size:
+            ids = torch.tensor([list(request.prompt[ticket.done : ticket.done + size])], device=self.device)
+            last = ticket.done + size == len(request.prompt)
+            out = self.model(ids, ticket.state or None, logits="last" if last else "none")
+            ticket.state, ticket.done, ticket.position = out.state, ticket.done + size, ticket.position + size
+            self.counters.prompt_tokens += size
+            if last:
+                ticket.logits = out.logits[:, -1]
+        ticket.emit(Event(read=ticket.done))
+        if ticket.done < len(request.prompt):
+            return size
+        state, logits = ticket.state, ticket.logits
+        assert logits is not None
+        if request.max_tokens == 0:
+            final = Start(self._tokens(ticket), state, logits.clone()) if request.keep else None
+            self._leave(ticket, "length", final)
+            return size
+        for name, pool in self.pool.items():
+            pool[ticket.row].copy_(state[name][0])
+        ticket.state = None
+        self._reading.remove(ticket)
+        self._running.append(ticket)
+        self._remember(ticket)
+        self._choose([ticket], logits)
+        return size
+
+    def _remember(self, ticket: Ticket) -> None:
+        """What penalties ask for."""
+        sampling, size = ticket.request.sampling, self.model.config.vocab_size
+        if sampling.repetition_penalty != 1.0:
+            ticket.seen = torch.zeros(size, dtype=torch.bool, device=self.device)
+            ticket.seen[self._tokens(ticket).long().to(self.device)] = True
+        if sampling.counts:
+            ticket.counts = torch.zeros(size, dtype=torch.int32, device=self.device)
+
+    def _decode(self) -> None:
+        running = list(self._running)
+        rows, tokens = [t.row for t in running], [t.last for t in running]
+        if self.invariant:
+            size = -(-self.slots // ROWS) * ROWS
+        elif self._graphs is not None:
+            size = min(self.slots, 1 << (len(rows) - 1).bit_length())
+        else:
+            size = len(rows)
+        if self.invariant:  # a request's row of the batch is that of the pool
+            rows_all, tokens_all = [-1] * size, [0] * size
+            for row, token in zip(rows, tokens, strict=True):
+                rows_all[row], tokens_all[row] = row, token
+            at = rows
+        else:
+            rows_all, tokens_all = rows + [-1] * (size - len(rows)), tokens + [0] * (size - len(tokens))
+            at = list(range(len(rows)))
+        ids, index = (torch.tensor(x, device=self.device) for x in (tokens_all, rows_all))
+        if self._graphs is None:
+            logits = self.model.step(ids, self.pool, index)
+        else:
+            if size not in self._graphs:
+                place = torch.full((size,), -1, device=self.device)
+                self._graphs[size] = CapturedStep(self.model, self.pool, size, place), place
+            captured, place = self._graphs[size]
+            place.copy_(index)
+            logits = captured(ids)
+        self.counters.steps += 1
+        self._choose(running, logits[torch.tensor(at, device=self.device)])
+
+    def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
+        """Sample the next token of each, logits ``[len(tickets), vocabulary]``, and tell it."""
+        for n in reversed(range(len(tickets))):
+            if tickets[n].closing:  # its text was complete; the state now is as well
+                ticket = tickets[n]
+                self._leave(ticket, "length", self._final(ticket, logits[n : n + 1]))
+        keep = [n for n, t in enumerate(tickets) if t.row >= 0]
+        if not keep:
+            return
+        tickets, own = [tickets[n] for n in keep], logits[keep]
+        own[:, self.vocabulary :] = -torch.inf
+        settings = [t.request.sampling for t in tickets]
+        uniform = torch.tensor(
+            [t.uniform() if s.temperature > 0 else 0.0 for t, s in zip(tickets, settings, strict=True)]
+        )
+
+        def stacked(parts: list[Tensor | None]) -> Tensor | None:
+            some = next((p for p in parts if p is not None), None)
+            return None if some is None else torch.stack([some if p is None else p for p in parts])
+
+        chosen = sample(
+            own, settings, uniform, stacked([t.seen for t in tickets]), stacked([t.counts for t in tickets])
+        )
+        logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
+        asked = [n for n, t in enumerate(tickets) if t.request.logprobs is not None]
+        if asked:
+            table = torch.log_softmax(own[asked].double(), -1)
+            for line, n in zip(table, asked, strict=True):
+                k = tickets[n].request.logprobs or 0
+                top = line.topk(k)
+                pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                logprobs[n] = float(line[chosen[n]]), pairs
+        for n, (ticket, token) in enumerate(zip(tickets, chosen.tolist(), strict=True)):
+            self._wrote(ticket, token, own[n : n + 1], *logprobs.get(n, (0.0, ())))
+
+    def _wrote(self, ticket: Ticket, token: int, logits: Tensor, logprob: float, top: tuple) -> None:
+        if token in ticket.request.stop:
+            self._leave(ticket, "stop", self._final(ticket, logits))
+            return
+        ticket.last = token
+        ticket.written.append(token)
+        self.counters.tokens += 1
+        if ticket.seen is not None:
+            ticket.seen[token] = True
+        if ticket.counts is not None:
+            ticket.counts[token] += 1
+        ticket.emit(Event(token=token, logprob=logprob, top=top))
+        if len(ticket.written) >= ticket.request.max_tokens:
+            if ticket.request.keep:
+                ticket.closing = True
+            else:
+                self._leave(ticket, "length")
+
+    def _tokens(self, ticket: Ticket) -> Tensor:
+        """Of the whole text so far, int32 on the CPU."""
+        before = [] if ticket.request.start is None else [torch.as_tensor(ticket.request.start.tokens)]
+        own = torch.tensor([*ticket.request.prompt, *ticket.written], dtype=torch.int32)
+        return torch.cat([*(x.to(torch.int32).cpu() for x in before), own])
+
+    def _final(self, ticket: Ticket, logits: Tensor) -> Start | None:
+        """The state after the text, which the pool's row holds."""
+        if not ticket.request.keep:
+            return None
+        state = {name: t[ticket.row : ticket.row + 1].clone() for name, t in self.pool.items()}
+        return Start(self._tokens(ticket), state, logits.clone())
+
+    def _leave(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
+        if ticket in self._reading:
+            self._reading.remove(ticket)
+        if ticket in self._running:
+            self._running.remove(ticket)
+        with self._changed:
+            if ticket.row >= 0:
+                self._free.append(ticket.row)
+                self._free.sort(reverse=True)  # low rows first
+        ticket.row, ticket.state, ticket.logits, ticket.seen, ticket.counts = -1, None, None, None, None
+        self._finish(ticket, finish, final, error)
+
+    def _finish(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
+        self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
+        ticket.emit(Event(read=ticket.done, finish=finish, final=final, error=error))

@@ -1,0 +1,231 @@
+"""The engine: what a request gets beside others is what it gets alone; slots come back whatever happens."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from model_cases import random_model
+
+from llm_mlp.infer import Engine, Full, Request, Sampling, generate, read_tokens, slots_within, state_bytes
+
+GREEDY = Sampling(0)
+
+
+def prompts(n, longest=40, vocabulary=61):
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (n,), generator=g).tolist()
+    return [torch.randint(vocabulary, (k,), generator=g).tolist() for k in lengths]
+
+
+class Listener:
+    """Collects a request's events."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, event):
+        self.events.append(event)
+
+    @property
+    def tokens(self):
+        return [e.token for e in self.events if e.token is not None]
+
+    @property
+    def logprobs(self):
+        return [(e.logprob, e.top) for e in self.events if e.token is not None]
+
+    @property
+    def finish(self):
+        assert sum(e.finish is not None for e in self.events) <= 1
+        return self.events[-1].finish if self.events else None
+
+
+def until_idle(engine, limit=2000):
+    for _ in range(limit):
+        if not engine.busy:
+            return
+        engine.step()
+    raise AssertionError("the engine is not done")
+
+
+def run(engine, requests, late=0):
+    """All of them, each ``late`` steps after the one before."""
+    listeners = [Listener() for _ in requests]
+    for request, listener in zip(requests, listeners, strict=True):
+        engine.submit(request, listener)
+        for _ in range(late):
+            engine.step()
+    until_idle(engine)
+    assert engine.load == {"waiting": 0, "reading": 0, "running": 0, "free": engine.slots}
+    return listeners
+
+
+@pytest.mark.parametrize("case", ["plain", "wide", "erase-diagonal", "routing"])
+@pytest.mark.parametrize("late", [0, 2])
+def test_many_are_as_one(case, late):
+    model = random_model(case)
+    asked = [Request(p, 12, GREEDY) for p in prompts(9)]
+    found = run(Engine(model, slots=4, chunk=16), asked, late)
+    for request, listener in zip(asked, found, strict=True):
+        assert listener.tokens == list(generate(model, request.prompt, max_tokens=12, sampling=GREEDY))
+        assert listener.finish == "length"
+
+
+def test_invariant_to_the_bit():
+    """Tokens and log probabilities beside others, in whatever slot, are those of a run alone."""
+    model = random_model("plain").float()
+    rules = [GREEDY, Sampling(0.9, top_p=0.9), Sampling(1.1, repetition_penalty=1.2, presence_penalty=0.3)]
+    asked = [Request(p, 10, rules[i % 3], seed=i, logprobs=3) for i, p in enumerate(prompts(10))]
+    together = run(Engine(model, slots=5, chunk=16, invariant=True), asked, late=1)
+    other_way = run(Engine(model, slots=5, chunk=16, invariant=True), asked[::-1])[::-1]
+    for request, a, b in zip(asked, together, other_way, strict=True):
+        [alone] = run(Engine(model, slots=5, chunk=16, invariant=True), [request])
+        assert alone.tokens == a.tokens == b.tokens
+        assert alone.logprobs == a.logprobs == b.logprobs
+
+
+def test_seeds_and_logprobs():
+    model = random_model("plain")
+    warm = Sampling(1.0)
+    a, b, c = run(Engine(model, slots=3), [Request([1, 2], 20, warm, seed=s, logprobs=61) for s in (1, 1, 2)])
+    assert a.tokens == b.tokens != c.tokens
+    for listener in (a, c):
+        state, logits = read_tokens(model, [1, 2])
+        for token, (logprob, top) in zip(listener.tokens, listener.logprobs, strict=True):
+            want = torch.log_softmax(logits[0].double(), -1)
+            assert logprob == pytest.approx(float(want[token]), abs=1e-6)
+            assert sum(2.718281828459045**p for _, p in top) == pytest.approx(1)
+            assert [p for _, p in top] == sorted((p for _, p in top), reverse=True)
+            logits = model.step(torch.tensor([token]), state)
+
+
+def test_stop_and_vocabulary():
+    model = random_model("plain")
+    free = list(generate(model, [5], max_tokens=30, sampling=GREEDY))
+    stop = free[4]
+    [one] = run(Engine(model), [Request([5], 30, GREEDY, stop=frozenset([stop]))])
+    assert one.tokens == free[: free.index(stop)] and one.finish == "stop"
+    [bound] = run(Engine(model, vocabulary=20), [Request([5], 30, Sampling(3.0), seed=0)])
+    assert max(bound.tokens) < 20
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_what_is_kept_is_the_state_after_the_text(stop):
+    model = random_model("plain")
+    free = list(generate(model, [5, 6], max_tokens=9, sampling=GREEDY))
+    ends = frozenset(free[-1:]) if stop else frozenset()
+    [one] = run(Engine(model, chunk=4), [Request([5, 6], 9, GREEDY, stop=ends, keep=True)])
+    text = [5, 6, *one.tokens]
+    final = one.events[-1].final
+    assert final.tokens.tolist() == text
+    state, logits = read_tokens(model, text)
+    assert (final.logits - logits).abs().max() < 1e-9
+    for name, t in state.items():
+        assert (final.state[name].double() - t.double()).nan_to_num().abs().max() < 1e-9
+    # And one goes on from it, twice: it is not changed.
+    want = list(generate(model, [*text, 7], max_tokens=6, sampling=GREEDY))
+    found = run(Engine(model, chunk=4), [Request([7], 6, GREEDY, start=final)] * 2)
+    assert all(listener.tokens == want for listener in found)
+
+
+def test_reading_alone():
+    model = random_model("plain")
+    [one] = run(Engine(model, chunk=8), [Request(list(range(30)), 0, keep=True)])
+    assert one.tokens == [] and one.finish == "length"
+    assert [e.read for e in one.events[:-1]] == [8, 16, 24, 30]
+    _, logits = read_tokens(model, list(range(30)))
+    assert (one.events[-1].final.logits - logits).abs().max() < 1e-9
+
+
+def test_streams_keep_their_pace():
+    """A long prompt is read between the tokens of a running request, a piece at a time."""
+    engine, long, short = Engine(random_model("plain"), slots=2, chunk=8), Listener(), Listener()
+    engine.submit(Request([1], 40, GREEDY), short)
+    engine.step()
+    engine.submit(Request([2] * 80, 3, GREEDY), long)
+    while not long.tokens:
+        before = len(short.tokens)
+        engine.step()
+        assert len(short.tokens) == before + 1
+    assert [e.read for e in long.events if e.token is None][:10] == list(range(8, 81, 8))
+    until_idle(engine)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_cancelling_frees_the_slot_within_a_step(after):
+    engine, other = Engine(random_model("plain"), slots=2, chunk=8), Listener()
+    tickets = [engine.submit(Request([3] * 30, 50, GREEDY), Listener()) for _ in range(3)]
+    engine.submit(Request([4], 5, GREEDY), other)
+    for _ in range(after):
+        engine.step()
+    for ticket in tickets:
+        ticket.cancel()
+    engine.step()
+    assert engine.load["free"] >= 1
+    until_idle(engine)
+    assert engine.load["free"] == 2 and other.finish == "length"
+    assert engine.counters.finished == {"cancelled": 3, "length": 1}
+
+
+def test_a_failing_listener_and_a_failing_prompt_harm_nobody_else(monkeypatch, caplog):
+    model = random_model("plain")
+    engine, good, bad = Engine(model, slots=3), Listener(), Listener()
+    whole = model.forward
+
+    def forward(ids, *args, **kwargs):
+        if ids[0, 0] == 13:
+            raise RuntimeError("CUDA out of memory")
+        return whole(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    engine.submit(Request([1], 6, GREEDY), good)
+    engine.submit(Request([13], 6, GREEDY), bad)
+    engine.submit(Request([2], 6, GREEDY), lambda event: 1 / 0)
+    until_idle(engine)
+    assert good.finish == "length" and len(good.tokens) == 6
+    assert bad.finish == "error" and "out of memory" in bad.events[-1].error
+    assert engine.load["free"] == 3
+
+
+def test_the_queue_is_bounded_and_closing_drains():
+    engine, found = Engine(random_model("plain"), slots=1, queue=1), Listener()
+    engine.submit(Request([1], 4, GREEDY), found)
+    engine.submit(Request([2], 4, GREEDY), Listener())
+    with pytest.raises(Full, match="2 requests are waiting"):
+        engine.submit(Request([3], 4, GREEDY), Listener())
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    assert engine.call(lambda: 6 * 7).result(10) == 42
+    engine.close()
+    thread.join(30)
+    assert not thread.is_alive() and found.finish == "length"
+    with pytest.raises(Full, match="closing"):
+        engine.submit(Request([1], 4), Listener())
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request([], 4), "needs a prompt or a start"),
+        (Request([61], 4), "token 61 is outside"),
+        (Request([1], -1), "max_tokens"),
+        (Request([1], 4, Sampling(logit_bias={99: 1.0})), "logit_bias: token 99"),
+    ],
+)
+def test_bad_requests(request_, says):
+    with pytest.raises(ValueError, match=says):
+        Engine(random_model("plain")).submit(request_, Listener())
+
+
+def test_slots_fit_a_budget():
+    model = random_model("plain")
+    each = state_bytes(model)
+    assert each == sum(t.numel() * t.element_size() for t in model.init_state(1).values())
+    assert slots_within(model, 4, None) == (4, f"4 active + 0 stored contexts of {each / 1e6:.2f} MB")
+    fit, line = slots_within(model, 100, 10 * each, stored=3 * each)
+    assert fit == 7 and line.startswith("7 active + 3 stored contexts") and "100 were asked for" in line
+    assert slots_within(model, 4, 10)[0] == 1  # never a refusal to start
+    with pytest.raises(ValueError, match=r"layers\.\d: attention keeps keys and values"):
+        Engine(random_model("attention"))
