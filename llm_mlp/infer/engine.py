@@ -35,8 +35,8 @@ log = logging.getLogger("llm_mlp.infer")
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 CHUNK = 512
-# Rows of an invariant step are a multiple of this. Torch's loops on a CPU take the numbers left over behind the last full
-# vector one by one, by functions that round differently: a row may not be among those.
+# Rows of an invariant step are a multiple of this. Torch's loops on a CPU take the numbers left over behind the last
+# full vector one by one, by functions that round differently: a row may not be among those.
 ROWS = 32
 
 
@@ -408,12 +408,10 @@ class Engine:
             own, settings, uniform, stacked([t.seen for t in tickets]), stacked([t.counts for t in tickets])
         )
         logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
-        asked = [n for n, t in enumerate(tickets) if t.request.logprobs is not None]
-        if asked:
-            table = torch.log_softmax(own[asked].double(), -1)
-            for line, n in zip(table, asked, strict=True):
-                k = tickets[n].request.logprobs or 0
-                top = line.topk(k)
+        for n, ticket in enumerate(tickets):
+            if ticket.request.logprobs is not None:
+                line = torch.log_softmax(own[n].double(), -1)  # row by row: of several it depends on their number
+                top = line.topk(ticket.request.logprobs)
                 pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 logprobs[n] = float(line[chosen[n]]), pairs
         for n, (ticket, token) in enumerate(zip(tickets, chosen.tolist(), strict=True)):
