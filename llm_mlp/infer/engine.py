@@ -30,6 +30,7 @@ from llm_mlp.infer.sampling import Sampling, sample
 from llm_mlp.models import LM
 from llm_mlp.models.capture import CapturedStep
 from llm_mlp.models.mixer import State
+from llm_mlp.ops.backend import invariant_steps
 
 log = logging.getLogger("llm_mlp.infer")
 
@@ -373,7 +374,8 @@ class Engine:
             at = list(range(len(rows)))
         ids, index = (torch.tensor(x, device=self.device) for x in (tokens_all, rows_all))
         if self._graphs is None:
-            logits = self.model.step(ids, self.pool, index)
+            with invariant_steps(self.invariant):
+                logits = self.model.step(ids, self.pool, index)
         else:
             if size not in self._graphs:
                 place = torch.full((size,), -1, device=self.device)

@@ -20,6 +20,7 @@ _TRITON = find_spec("triton") is not None  # once: torch.compile does not trace 
 OVERRIDE = "LLM_MLP_BACKEND"  # what auto chooses on CUDA: chunked or triton
 _logged: set[tuple[str, ...]] = set()
 _debug = False
+_invariant = False
 
 
 def choose(
@@ -118,6 +119,23 @@ def debug_checks(on: bool = True) -> Iterator[None]:
         yield
     finally:
         set_debug_checks(before)
+
+
+def invariant() -> bool:
+    """Whether steps compute every row of a batch as if it were any other (`invariant_steps`)."""
+    return _invariant
+
+
+@contextlib.contextmanager
+def invariant_steps(on: bool = True) -> Iterator[None]:
+    """In the ``with`` block a step's row does not depend, to the bit, on the other rows or on its place, as long as the
+    batch has one size (on a CPU a multiple of 32). The plain torch steps then read rows that are empty, too."""
+    global _invariant
+    before, _invariant = _invariant, on
+    try:
+        yield
+    finally:
+        _invariant = before
 
 
 def check_values(op: str, *, log_decay: torch.Tensor | None = None, score: torch.Tensor | None = None, **tensors):

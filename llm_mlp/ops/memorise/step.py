@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_mlp.ops.backend import accumulation_dtype
+from llm_mlp.ops.backend import accumulation_dtype, invariant
 from llm_mlp.ops.memorise.units import Units, own_pool, ranked, take_rows
 
 
@@ -27,6 +27,12 @@ def memorise_step(
     """
     if indices is not None:
         valid = indices >= 0
+        if invariant():  # every row is computed, in the places of padding whatever row 0 gives
+            pool = Units(*(x[indices.clamp(min=0)] for x in units))
+            y = memorise_step(q, k, w, score, sink, pool, None, block, slots, activation)
+            for whole, part in zip(units, pool, strict=True):
+                whole[indices[valid]] = part[valid]
+            return torch.where(valid[:, None, None, None], y, 0)
         keep = indices[valid]
         pool = Units(*(x[keep] for x in units))
         y = torch.zeros_like(w)
@@ -46,8 +52,9 @@ def memorise_step(
     filled = units.length % block
     # On a CPU lengths cost nothing to look at: sequences of one length are written by a plain copy, and the rows of the
     # open block that are still empty are not read. Reading the rows is what a token costs.
-    lengths = [block - 1] if filled.is_cuda else filled.tolist()
-    even = not filled.is_cuda and len(set(lengths)) == 1
+    whole_block = filled.is_cuda or invariant()
+    lengths = [block - 1] if whole_block else filled.tolist()
+    even = not whole_block and len(set(lengths)) == 1
     rows = slots + max(lengths, default=0) + 1
     for whole, new in ((units.keys, k), (units.values, w), (units.scores, score)):
         if even:
