@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when anything first imports triton
-for folder in ("ops", "models", "train"):
+for folder in ("ops", "models", "train", "serve"):
     path = str(Path(__file__).parent / folder)
     if path not in sys.path:
         sys.path.insert(0, path)

@@ -20,7 +20,7 @@ LAYERS = [
     ["checkpoint"],
     ["infer", "eval", "bench"],
     ["context"],
-    ["train", "doctor"],
+    ["train", "doctor", "serve"],
     ["recipes"],
     ["cli"],
     ["__main__"],

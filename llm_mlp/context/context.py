@@ -237,6 +237,12 @@ class Reader:
             for mixer in mixers:
                 mixer.observer = None
 
+    def wrap(self, end: Start, parent: Context | None = None) -> Context:
+        """The context of a text that was read elsewhere with this model; ``parent``: what it continues, or None."""
+        tokens = torch.as_tensor(end.tokens).to(torch.int32).cpu()
+        marks = [*(parent.manifest.marks if parent else []), len(tokens)]
+        return self._made(tokens, dict(end.state), end.logits, parent, marks)
+
     def finish(self, parts: Sequence[Context], state: State, separator: Tensor) -> Context:
         """A composed context: of the texts of ``parts``, with this state, after the separator was read in it."""
         tokens = torch.cat([*(c.tokens for c in parts), separator.to(torch.int32)])

@@ -224,6 +224,10 @@ class Tokenizer:
         lengths[sorted(self._special)] = 0
         return lengths
 
+    def spelling(self, i: int) -> Spelling:
+        """The bytes that an id stands for, a special token's name included."""
+        return self._bytes_of(i, False, False)
+
     def byte_length(self, ids: Sequence[int] | np.ndarray) -> int:
         """UTF-8 bytes that ``ids`` stand for, exact also where they split a character; special tokens have none.
 

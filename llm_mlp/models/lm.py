@@ -145,8 +145,12 @@ class LM(nn.Module):
             x = x[:, -1:] if cu_seqlens is None else x[:, (cu_seqlens[1:].long() - 1).to(x.device)]
         return Output(self._logits(x), None, after)
 
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The final normed hidden states ``[B, T, D]``, and the state; arguments as `forward`."""
+        self._check_tokens(tokens)
+        return self._hidden(tokens, state, None)
+
     def _hidden(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
-        """The final normed hidden states ``[B, T, D]``, and the state."""
         x = rms_norm(self.embedding(tokens), self.config.norm_eps)
         earlier: list[Tensor] = []
         after: State = {}

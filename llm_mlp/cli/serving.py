@@ -1,0 +1,180 @@
+"""`llm-mlp serve` and `llm-mlp chat`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_mlp.cli.options import Device, ModelDir, StoreDir, Threads
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEYS = "LLM_MLP_API_KEYS"
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """API keys: one a line (# begins a comment), else those in ``$LLM_MLP_API_KEYS``, comma-separated."""
+    from llm_mlp.config import ConfigError
+
+    if file is None:
+        return tuple(k for part in os.environ.get(KEYS, "").split(",") if (k := part.strip()))
+    try:
+        lines = file.read_text(encoding="utf8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--api-keys {file}: cannot be read ({error})") from None
+    keys = tuple(k for line in lines if (k := line.partition("#")[0].strip()))
+    if not keys:
+        raise ConfigError(f"--api-keys {file}: holds no key; one a line")
+    return keys
+
+
+def serve(
+    model: ModelDir,
+    host: Annotated[str, typer.Option(help="Address; others than this machine's own need API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[str, typer.Option(help="Of the model in answers; nothing: its folder's.")] = "",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File with one API key a line; else $LLM_MLP_API_KEYS.", show_default=False)
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
+    memory_gb: Annotated[
+        float,
+        typer.Option(min=0, help="For running and stored states; fewer slots where they do not fit. 0: any."),
+    ] = 0.0,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens read at most between two decoding steps.")] = 512,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="A request writes at most.")] = 4096,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 10_000_000,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Of a request's body.")] = 32.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take.")] = 600.0,
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="Answers do not depend, to the bit, on what else runs (slower).")
+    ] = False,
+    store: StoreDir = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, contexts, metrics, and a page to chat on."""
+    from llm_mlp.checkpoint import load_model, resolve
+    from llm_mlp.config import ConfigError
+    from llm_mlp.device import pick_device
+    from llm_mlp.precision import DTYPES
+
+    try:
+        import torch
+        import uvicorn
+
+        from llm_mlp.serve import Service, Settings, create_app
+        from llm_mlp.serve.chat import ChatError, ChatTemplate
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'llm-mlp[serve]'") from None
+    keys = read_keys(api_keys)
+    if not keys and host not in LOOPBACK:
+        raise ConfigError(
+            f"--host {host}: without API keys only this machine is served (127.0.0.1); give --api-keys FILE or ${KEYS}"
+        )
+    if dtype not in ("fp32", *DTYPES):
+        raise ConfigError(f"--dtype {dtype!r}: expected fp32, {' or '.join(DTYPES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    logging.getLogger("llm_mlp").setLevel(logging.INFO)
+    lm, tokenizer = load_model(model, device=pick_device(device), dtype=None if dtype == "fp32" else DTYPES[dtype])
+    try:
+        template = ChatTemplate.load(resolve(model))
+    except ChatError as error:
+        raise ConfigError(str(error)) from None
+    folder = resolve(model).absolute()
+    settings = Settings(
+        name=name or (folder.parent if folder.name == "model" else folder).name,
+        keys=keys,
+        slots=slots,
+        chunk=chunk,
+        queue=queue,
+        invariant=invariant,
+        memory=int(memory_gb * 2**30) or None,
+        store=store,
+        max_tokens=max_tokens,
+        max_prompt=max_prompt,
+        max_body=int(max_body_mb * 2**20),
+        timeout=timeout,
+    )
+    try:
+        service = Service(lm, tokenizer, template, settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    typer.echo(f"{settings.name}: {service.capacity}; http://{host}:{port}", err=True)
+    uvicorn.run(
+        create_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=60, access_log=False
+    )
+
+
+def chat(
+    model: ModelDir,
+    context: Annotated[str, typer.Option("--context", help="Go on from this stored context; it stays as it is.")] = "",
+    system: Annotated[str, typer.Option(help="What the conversation begins with.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1)] = None,
+    store: StoreDir = None,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal. /undo takes the last exchange back, /save NAME keeps the conversation as a
+    context, /quit (or Ctrl-D) ends."""
+    from llm_mlp.checkpoint import load_model, resolve
+    from llm_mlp.config import ConfigError
+    from llm_mlp.context import ContextError, Reader, Store
+    from llm_mlp.device import pick_device
+    from llm_mlp.infer import Sampling
+
+    try:
+        from llm_mlp.serve.chat import ChatError, ChatTemplate
+        from llm_mlp.serve.talk import Talk
+    except ImportError as error:
+        raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
+    logging.getLogger("llm_mlp").setLevel(logging.WARNING)
+    choice = Sampling(temperature, top_p=top_p)
+    lm, tokenizer = load_model(model, device=pick_device(device))
+    reader = Reader(lm, tokenizer)
+    try:
+        template = ChatTemplate.load(resolve(model))
+        base = Store(store).get(context, reader) if context else None
+        talk = Talk(reader, template, base, system)
+    except ChatError as error:
+        raise ConfigError(str(error)) from None
+    if base is not None:
+        typer.echo(f"context {context}: {len(base.tokens):,} tokens, none read again", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        command, _, rest = line.strip().partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/undo":
+                typer.echo("taken back" if talk.undo() else "nothing to take back", err=True)
+            elif command == "/save":
+                made = talk.context()
+                if made is None:
+                    typer.echo("nothing was said yet", err=True)
+                else:
+                    Store(store).commit(made, rest.strip())
+                    typer.echo(f"saved {rest.strip()}: {len(made.tokens):,} tokens", err=True)
+            elif command.startswith("/"):
+                typer.echo(f"{command}: unknown; /undo, /save NAME, /quit", err=True)
+            elif line.strip():
+                for text in talk.say(line, max_tokens, choice, seed):
+                    typer.echo(text, nl=False)
+                    sys.stdout.flush()
+                typer.echo()
+        except (ContextError, ChatError) as error:
+            typer.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:
+            typer.echo("\n(stopped)", err=True)

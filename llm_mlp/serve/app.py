@@ -1,0 +1,518 @@
+"""The HTTP side: paths, errors, keys, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import Depends, FastAPI, Header
+from fastapi import Request as HTTP
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from llm_mlp.context import ContextError, describe
+from llm_mlp.context.store import summary
+from llm_mlp.infer import Full, Request
+from llm_mlp.serve.chat import ChatError
+from llm_mlp.serve.protocol import (
+    AppendRequest,
+    ChatRequest,
+    CompletionRequest,
+    ContextRequest,
+    EmbeddingRequest,
+    ForkRequest,
+    Generation,
+    UndoRequest,
+)
+from llm_mlp.serve.service import Piece, Prompt, Refused, Service
+
+log = logging.getLogger("llm_mlp.serve")
+
+Receive, Send = Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def _error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSONResponse:
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    headers = {"Retry-After": "1"} if status == 429 else {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    body = {"error": {"message": message, "type": kind, "param": field, "code": code}}
+    return JSONResponse(body, status, headers)
+
+
+class _Limits:
+    """Counts a body's bytes as they come, and writes one line a request, without its text."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(
+        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        limit, size, status, began = self.service.settings.max_body, 0, 0, time.perf_counter()
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = _error(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise HTTPException(413, f"the body is larger than {limit:,} bytes")
+            return message
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if declared.isdigit() and int(declared) > limit:
+                await too_large(scope, receive, watched)
+            else:
+                await self.app(scope, counted, watched)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self.service.requests.labels(path, str(status)).inc()
+            row = {"path": path, "status": status, "seconds": round(time.perf_counter() - began, 4)}
+            log.info("%s", json.dumps(row | scope.get("state", {}).get("facts", {})))
+
+
+def _user(http: HTTP, authorization: Annotated[str | None, Header()] = None) -> str:
+    """Whose request it is."""
+    scheme, _, key = (authorization or "").partition(" ")
+    found = http.app.state.service.user(key.strip() if scheme.lower() == "bearer" else None)
+    if found is None:
+        raise Refused(401, "no API key, or a wrong one: Authorization: Bearer KEY", code="invalid_api_key")
+    return found
+
+
+User = Annotated[str, Depends(_user)]
+
+
+def create_app(service: Service) -> FastAPI:
+    """The server's application; starting it starts the engine, stopping it lets what is under way end."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.close, 60)
+
+    app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(_Limits, service=service)
+
+    @app.exception_handler(Refused)
+    async def _(http: HTTP, error: Refused) -> Response:
+        return _error(error.status, error.message, error.field, error.code)
+
+    @app.exception_handler(Full)
+    async def _(http: HTTP, error: Full) -> Response:
+        return _error(429, f"busy: {error}", code="queue_full")
+
+    @app.exception_handler(ContextError)
+    async def _(http: HTTP, error: ContextError) -> Response:
+        return _error(409, str(error), "context")
+
+    @app.exception_handler(RequestValidationError)
+    async def _(http: HTTP, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(x) for x in first["loc"][1:])
+        text = first["msg"].removeprefix("Value error, ")
+        return _error(400, f"{place}: {text}" if place else text, place or None)
+
+    @app.exception_handler(HTTPException)
+    async def _(http: HTTP, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def _(http: HTTP, error: Exception) -> Response:
+        log.error("%s failed: %s: %s", http.url.path, type(error).__name__, error)
+        return _error(500, "an error of the server; its log has it")
+
+    # -- about the server ------------------------------------------------------------------------------------------
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(files("llm_mlp.serve").joinpath("page.html").read_text(encoding="utf8"))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if not service.alive:
+            return _error(503, "the engine is not running", code="not_ready")
+        return JSONResponse({"status": "ready", **service.engine.load, "capacity": service.capacity})
+
+    @app.get("/metrics")
+    async def metrics(user: User) -> Response:
+        text = await asyncio.to_thread(generate_latest, service.registry)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models(user: User) -> dict[str, Any]:
+        row = {"id": service.settings.name, "object": "model", "created": 0, "owned_by": "llm-mlp"}
+        return {"object": "list", "data": [row]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str, user: User) -> dict[str, Any]:
+        if name != service.settings.name:
+            raise Refused(404, f"model {name!r} does not exist; this is {service.settings.name!r}", "model")
+        return (await models(user))["data"][0]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    async def answer(
+        http: HTTP, body: Generation, user: str, kind: _Kind, text: str | list[int], limit: int | None
+    ) -> Response:
+        if body.model not in ("", service.settings.name):
+            raise Refused(404, f"model {body.model!r} is not served; {service.settings.name!r} is", "model")
+        try:
+            sampling = body.sampling()
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        prompt = await asyncio.to_thread(service.prompt, text, user, body.context)
+        service.prompted.labels("cached").inc(prompt.cached)
+        service.prompted.labels("read").inc(len(prompt.ids))
+        request = Request(
+            prompt.ids,
+            min(limit or service.settings.max_tokens, service.settings.max_tokens),
+            sampling,
+            body.seed,
+            frozenset([service.tokenizer.eos]),
+            prompt.start,
+            kind.alternatives,
+            keep=body.save_context is not None,
+        )
+        n = body.n or 1
+        writer = _Writer(service, kind, prompt, body, user)
+        http.state.facts = writer.facts
+        pieces = service.run(request, kind.stops, n)
+        if body.stream:
+            first = await anext(pieces)  # refusals come with their status, not in the stream
+            return StreamingResponse(writer.stream(first, pieces), media_type="text/event-stream")
+        return JSONResponse(await _unless_gone(http, writer.whole(pieces, n)))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:
+        try:
+            messages = [m.plain() for m in body.messages]
+            text = service.template.render(messages, body.tools if body.tool_choice != "none" else None)
+        except (ChatError, ValueError) as error:
+            raise Refused(400, str(error), "messages") from None
+        kind = _Chat(service, body.alternatives, [*body.stops, *service.template.stop])
+        return await answer(http, body, user, kind, text, body.max_completion_tokens or body.max_tokens)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: HTTP, user: User) -> Response:
+        kind = _Completion(service, body.logprobs, body.stops)
+        return await answer(http, body, user, kind, body.given, body.max_tokens or 16)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, user: User) -> dict[str, Any]:
+        if not 1 <= len(body.texts) <= 2048:
+            raise Refused(400, "input: 1 to 2,048 texts", "input")
+        rows, total = [], 0
+        for index, text in enumerate(body.texts):
+            ids = await asyncio.to_thread(service.prompt_ids, text)
+            if not ids:
+                raise Refused(400, f"input {index} is empty", "input")
+            total += len(ids)
+            vector = await service.between_steps(partial(service.embed, ids))
+            data: Any = vector.tolist()
+            if body.encoding_format == "base64":
+                data = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
+            rows.append({"object": "embedding", "index": index, "embedding": data})
+        usage = {"prompt_tokens": total, "total_tokens": total}
+        return {"object": "list", "data": rows, "model": service.settings.name, "usage": usage}
+
+    # -- contexts --------------------------------------------------------------------------------------------------
+
+    def row(user: str, name: str) -> dict[str, Any]:
+        service.known(user, name)
+        store = service.store(user)
+        return {"object": "context", **summary(store.entry(name), store.manifest(name))}
+
+    async def read(
+        http: HTTP, user: str, name: str, text: str, stream: bool, expires: float | None, base: str | None
+    ) -> Response:
+        prompt = await asyncio.to_thread(service.prompt, text, user, base)
+        request = Request(prompt.ids, 0, start=prompt.start, keep=True)
+        until = None if expires is None else timedelta(seconds=expires)
+
+        async def done(end: Any) -> dict[str, Any]:
+            def commit() -> None:
+                # What was found by its text is no parent: the name is a new one.
+                context = service.reader.wrap(end, prompt.base if base is not None else None)
+                service.store(user).commit(context, name, expires=until)
+
+            await asyncio.to_thread(commit)
+            found = await asyncio.to_thread(row, user, name)
+            return found | {"cached_tokens": prompt.cached, "cache": prompt.reason}
+
+        async def events() -> AsyncIterator[str]:
+            async for piece in service.run(request, []):
+                yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
+                if piece.final is not None:
+                    try:
+                        yield _event(await done(piece.final))
+                    except ContextError as error:
+                        yield _event({"error": {"message": str(error)}})
+            yield "data: [DONE]\n\n"
+
+        async def whole() -> dict[str, Any]:
+            async for piece in service.run(request, []):
+                if piece.final is not None:
+                    return await done(piece.final)
+            raise Refused(500, "the reading ended without a state")
+
+        if stream:
+            return StreamingResponse(events(), media_type="text/event-stream")
+        return JSONResponse(await _unless_gone(http, whole()), 201)
+
+    @app.get("/v1/contexts")
+    async def contexts(user: User) -> dict[str, Any]:
+        def rows() -> list[dict[str, Any]]:
+            return [row(user, entry.name) for entry in service.store(user).entries()]
+
+        return {"object": "list", "data": await asyncio.to_thread(rows), "usage": service.store(user).usage()}
+
+    @app.post("/v1/contexts")
+    async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
+        try:
+            there = service.store(user).look(body.name)
+        except ContextError as error:
+            raise Refused(400, str(error), "name") from None
+        if there is not None:
+            raise Refused(409, f"context {body.name!r} exists; choose another name, or append to it", "name")
+        return await read(http, user, body.name, body.text, body.stream, body.expires_seconds, None)
+
+    @app.get("/v1/contexts/{name}")
+    async def show(name: str, user: User) -> dict[str, Any]:
+        found = await asyncio.to_thread(row, user, name)
+        context = await asyncio.to_thread(service.context, user, name)
+        return found | {"detail": await asyncio.to_thread(describe, context, service.model)}
+
+    @app.delete("/v1/contexts/{name}")
+    async def remove(name: str, user: User) -> dict[str, Any]:
+        service.known(user, name)
+        await asyncio.to_thread(service.store(user).remove, name)
+        return {"object": "context", "name": name, "deleted": True}
+
+    @app.post("/v1/contexts/{name}/append")
+    async def append(name: str, body: AppendRequest, http: HTTP, user: User) -> Response:
+        service.known(user, name)
+        return await read(http, user, name, body.text, body.stream, None, name)
+
+    @app.post("/v1/contexts/{name}/fork")
+    async def fork(name: str, body: ForkRequest, user: User) -> dict[str, Any]:
+        service.known(user, name)
+        await asyncio.to_thread(service.store(user).fork, name, body.to)
+        return await asyncio.to_thread(row, user, body.to)
+
+    @app.post("/v1/contexts/{name}/undo")
+    async def undo(name: str, body: UndoRequest, user: User) -> dict[str, Any]:
+        service.known(user, name)
+        await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
+        return await asyncio.to_thread(row, user, name)
+
+    return app
+
+
+async def _unless_gone(http: HTTP, work: Any) -> Any:
+    """What ``work`` gives; cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.2)
+
+    watcher = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has gone")
+        return task.result()
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+def _event(row: dict[str, Any]) -> str:
+    return f"data: {json.dumps(row, ensure_ascii=False)}\n\n"
+
+
+# -- the two forms of an answer -------------------------------------------------------------------------------------
+
+
+class _Kind:
+    """What differs between the two ways of writing."""
+
+    prefix: str
+    objects: tuple[str, str]  # of a whole answer and of a piece
+
+    def __init__(self, service: Service, alternatives: int | None, stops: list[str]) -> None:
+        self.service, self.alternatives, self.stops = service, alternatives, stops
+
+    def spelled(self, token: int) -> tuple[str, list[int]]:
+        spelling = self.service.tokenizer.spelling(token)
+        return spelling.decode("utf8", "replace"), list(spelling)
+
+    def piece(self, index: int, text: str, first: bool, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        raise NotImplementedError("_Kind.piece")  # an abstract method
+
+    def whole(self, index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        raise NotImplementedError("_Kind.whole")  # an abstract method
+
+    def logprobs(self, tokens: list[tuple[int, float, tuple[tuple[int, float], ...]]], offset: int) -> Any:
+        raise NotImplementedError("_Kind.logprobs")  # an abstract method
+
+
+class _Chat(_Kind):
+    prefix, objects = "chatcmpl-", ("chat.completion", "chat.completion.chunk")
+
+    def piece(self, index: int, text: str, first: bool, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if text or first:
+            delta["content"] = text
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    def whole(self, index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+    def logprobs(self, tokens: list[tuple[int, float, tuple[tuple[int, float], ...]]], offset: int) -> Any:
+        if self.alternatives is None:
+            return None
+
+        def row(token: int, value: float) -> dict[str, Any]:
+            text, raw = self.spelled(token)
+            return {"token": text, "logprob": value, "bytes": raw}
+
+        rows = [row(t, p) | {"top_logprobs": [row(*pair) for pair in top]} for t, p, top in tokens]
+        return {"content": rows, "refusal": None}
+
+
+class _Completion(_Kind):
+    prefix, objects = "cmpl-", ("text_completion", "text_completion")
+
+    def piece(self, index: int, text: str, first: bool, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def whole(self, index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
+        return self.piece(index, text, False, finish, logprobs)
+
+    def logprobs(self, tokens: list[tuple[int, float, tuple[tuple[int, float], ...]]], offset: int) -> Any:
+        if self.alternatives is None:
+            return None
+        texts = [self.spelled(t)[0] for t, _, _ in tokens]
+        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        tops = [{self.spelled(t)[0]: p for t, p in top} for _, _, top in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [p for _, p, _ in tokens],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+class _Writer:
+    """Pieces to a client's form, and what was used."""
+
+    def __init__(self, service: Service, kind: _Kind, prompt: Prompt, body: Generation, user: str) -> None:
+        self.service, self.kind, self.prompt, self.body, self.user = service, kind, prompt, body, user
+        self.head = {
+            "id": kind.prefix + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": service.settings.name,
+        }
+        self.tokens = 0
+        self.facts = {"id": self.head["id"], "prompt_tokens": prompt.tokens, "cached_tokens": prompt.cached}
+        self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0]}
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        read = self.prompt.tokens
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": self.tokens,
+            "total_tokens": read + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": self.prompt.cached, "cache": self.prompt.reason},
+        }
+
+    async def _saved(self, piece: Piece) -> dict[str, Any] | None:
+        name = self.body.save_context
+        if name is None or piece.final is None:
+            return None
+        base = self.prompt.base if self.body.context is not None else None
+        return await asyncio.to_thread(self.service.save, self.user, name, piece.final, base)
+
+    async def stream(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        begun: set[int] = set()
+        offsets: dict[int, int] = {}
+        head = {**self.head, "object": self.kind.objects[1]}
+
+        async def both() -> AsyncIterator[Piece]:
+            yield first
+            async for piece in pieces:
+                yield piece
+
+        try:
+            async for piece in both():
+                self.tokens += len(piece.tokens)
+                self.facts["completion_tokens"] = self.tokens
+                saved = await self._saved(piece)
+                if not piece.text and piece.finish is None and (self.kind.alternatives is None or not piece.tokens):
+                    continue
+                logprobs = self.kind.logprobs(piece.tokens, offsets.get(piece.index, 0))
+                offsets[piece.index] = offsets.get(piece.index, 0) + len(piece.text)
+                new = piece.index not in begun
+                begun.add(piece.index)
+                row = {**head, "choices": [self.kind.piece(piece.index, piece.text, new, piece.finish, logprobs)]}
+                yield _event(row | ({"context": saved} if saved else {}))
+            if self.body.usage_in_stream:
+                yield _event({**head, "choices": [], "usage": self.usage})
+            yield "data: [DONE]\n\n"
+        except (Refused, Full) as error:  # the status has been sent
+            yield _event({"error": {"message": str(error), "type": "server_error"}})
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    async def whole(self, pieces: AsyncIterator[Piece], n: int) -> dict[str, Any]:
+        texts, finish = [""] * n, [""] * n
+        tokens: list[list] = [[] for _ in range(n)]
+        saved = None
+        try:
+            async for piece in pieces:
+                texts[piece.index] += piece.text
+                tokens[piece.index] += piece.tokens
+                self.tokens += len(piece.tokens)
+                if piece.finish is not None:
+                    finish[piece.index] = piece.finish
+                saved = await self._saved(piece) or saved
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+        self.facts["completion_tokens"] = self.tokens
+        choices = [self.kind.whole(i, texts[i], finish[i], self.kind.logprobs(tokens[i], 0)) for i in range(n)]
+        found = {**self.head, "object": self.kind.objects[0], "choices": choices, "usage": self.usage}
+        return found | {"context": saved}

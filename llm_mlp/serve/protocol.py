@@ -1,0 +1,178 @@
+"""What requests may hold: OpenAI's fields, and ``context``, ``save_context``, ``top_k``, ``min_p`` and
+``repetition_penalty`` beside them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from llm_mlp.infer import Sampling
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # clients send fields of newer versions
+
+
+class Generation(Body):
+    """Fields that both ways of writing share."""
+
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=16)
+    stream: bool | None = False
+    stream_options: dict[str, Any] | None = None
+    context: str | None = Field(None, description="go on from this stored context")
+    save_context: str | None = Field(None, description="store the state after the answer under this name")
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        texts = [value] if isinstance(value, str) else value or []
+        if len(texts) > 16 or any(not 0 < len(text) <= 1000 for text in texts):
+            raise ValueError("at most 16 texts of 1 to 1,000 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _one_saved(self) -> Generation:
+        if self.save_context and (self.n or 1) > 1:
+            raise ValueError("save_context: one answer can be saved, n asks for several")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    def sampling(self) -> Sampling:
+        """Raises `ValueError` for a ``logit_bias`` that is none."""
+        try:
+            bias = {int(i): value for i, value in (self.logit_bias or {}).items()}
+        except ValueError:
+            raise ValueError("logit_bias: keys are token ids") from None
+
+        def given(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        return Sampling(
+            temperature=given(self.temperature, 1.0),
+            top_k=self.top_k,
+            top_p=given(self.top_p, 1.0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=given(self.presence_penalty, 0.0),
+            frequency_penalty=given(self.frequency_penalty, 0.0),
+            logit_bias=bias,
+        )
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str = Field(max_length=64)
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """With its parts of text as one text."""
+        row = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            for part in self.content:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise ValueError(f"content: parts of type {part.get('type')!r} are not served, text is")
+            row["content"] = "".join(part["text"] for part in self.content)
+        return row | {"content": row.get("content", "")}
+
+
+class ChatRequest(Generation):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _served(self) -> ChatRequest:
+        if self.tool_choice not in (None, "auto", "none"):
+            raise ValueError("tool_choice: a call cannot be forced here; 'auto' and 'none' are served")
+        _text_only(self.response_format)
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Generation):
+    prompt: str | list[int] | list[str]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = False
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _served(self) -> CompletionRequest:
+        if self.echo:
+            raise ValueError("echo: not served; the prompt is the client's already")
+        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str) and len(self.prompt) > 1:
+            raise ValueError("prompt: one text or one list of ids a request")
+        _text_only(self.response_format)
+        return self
+
+    @property
+    def given(self) -> str | list[int]:
+        """The one text, or its ids."""
+        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str):
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]
+
+
+def _text_only(form: dict[str, Any] | None) -> None:
+    if form is not None and form.get("type") != "text":
+        raise ValueError(f"response_format: type {form.get('type')!r} is not served yet, 'text' is")
+
+
+class EmbeddingRequest(Body):
+    model: str = ""
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """One for each embedding: a text, or its ids."""
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
+            return [self.input]  # type: ignore[list-item]
+        return list(self.input)  # type: ignore[arg-type]
+
+
+class ContextRequest(Body):
+    name: str
+    text: str = Field(min_length=1)
+    expires_seconds: float | None = Field(None, gt=0, le=10 * 365 * 86400)
+    stream: bool = False
+
+
+class AppendRequest(Body):
+    text: str = Field(min_length=1)
+    stream: bool = False
+
+
+class ForkRequest(Body):
+    to: str
+
+
+class UndoRequest(Body):
+    steps: int = Field(1, ge=1)

@@ -1,0 +1,389 @@
+"""Between HTTP and the engine: texts to tokens and back, contexts by key, counting. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+
+from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
+from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.infer import Engine, Event, Request, Start, slots_within
+from llm_mlp.models import LM
+from llm_mlp.serve.chat import ChatTemplate
+
+log = logging.getLogger("llm_mlp.serve")
+
+GIB = 2**30
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server runs.
+
+    Args:
+        name: of the model in answers. keys: API keys; none: everybody is one user, on this machine only.
+        slots, chunk, queue, invariant: as `llm_mlp.infer.Engine`. memory: bytes for running and stored states; None:
+            no bound.
+        store: folder of stored contexts; each key has one of its own in it.
+        max_tokens: written at most by a request. max_prompt: read at most. max_body: bytes of a request.
+        timeout: seconds a request may take.
+    """
+
+    name: str = "llm-mlp"
+    keys: tuple[str, ...] = ()
+    slots: int = 16
+    chunk: int = 512
+    queue: int = 256
+    invariant: bool = False
+    memory: int | None = None
+    store: Path | None = None
+    max_tokens: int = 4096
+    max_prompt: int = 10_000_000
+    max_body: int = 32 * 2**20
+    timeout: float = 600.0
+
+
+class Refused(Exception):
+    """A request that cannot be served: HTTP status, the reason, and the field it is about."""
+
+    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field, self.code = status, message, field, code
+
+
+@dataclass
+class Piece:
+    """Text of an answer as it comes, with what stands behind it."""
+
+    index: int
+    text: str
+    tokens: list[tuple[int, float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    finish: str | None = None
+    read: int = 0
+    final: Start | None = None
+
+
+class Text:
+    """Ids to text, a token at a time, up to the first of some stop texts; what may begin one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._stream, self._stops, self._held = tokenizer.stream(), list(stops), ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that this token makes certain."""
+        return self._out(self._stream.step(token), False)
+
+    def finish(self) -> str:
+        """What was held back, at the end of the ids."""
+        return "" if self.stopped else self._out(self._stream.finish(), True)
+
+    def _out(self, text: str, end: bool) -> str:
+        if not self._stops:
+            return text
+        self._held += text
+        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            return self._held[: min(places)]
+        keep = 0
+        if not end:
+            longest = min(len(self._held), max(len(stop) for stop in self._stops) - 1)
+            tails = (n for n in range(longest, 0, -1) if any(stop.startswith(self._held[-n:]) for stop in self._stops))
+            keep = next(tails, 0)
+        out = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return out
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read for a request: ids behind a start, and where the start came from."""
+
+    ids: list[int]
+    start: Start | None = None
+    base: Context | None = None
+    cached: int = 0
+    reason: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole text before the answer."""
+        return self.cached + len(self.ids)
+
+
+class Service:
+    """A model behind an engine in a thread of its own. `start`, then requests, then `close`."""
+
+    def __init__(self, model: LM, tokenizer: Tokenizer, template: ChatTemplate, settings: Settings) -> None:
+        self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
+        stored = 0 if settings.memory is None else settings.memory // 4
+        slots, line = slots_within(model, settings.slots, settings.memory, stored)
+        log.info("%s", line)
+        self.capacity = line
+        self.engine = Engine(
+            model,
+            slots=slots,
+            chunk=settings.chunk,
+            queue=settings.queue,
+            invariant=settings.invariant,
+            vocabulary=tokenizer.vocab_size,
+        )
+        self.reader = Reader(model, tokenizer)
+        self._stored = stored
+        self._stores: dict[str, Store] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("llm_mlp_requests", "Requests by path and status.", ["path", "status"], **own)
+        self.written = Counter("llm_mlp_tokens", "Tokens written.", **own)
+        self.prompted = Counter("llm_mlp_prompt_tokens", "Tokens of prompts.", ["source"], **own)
+        self.lookups = Counter("llm_mlp_cache_lookups", "Prompts by what was stored.", ["result"], **own)
+        self.first = Histogram("llm_mlp_first_token_seconds", "Until the first token.", buckets=SECONDS, **own)
+        self.between = Histogram("llm_mlp_token_seconds", "Between two tokens.", buckets=SECONDS, **own)
+        self.registry.register(_Gauges(self))
+
+    def start(self) -> None:
+        """Start the engine; the first requests need not wait for fingerprints and kernels."""
+        _ = self.reader.fingerprints
+        self._thread.start()
+
+    def close(self, timeout: float | None = None) -> None:
+        """No more requests; waits until those under way are done."""
+        self.engine.close()
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    # -- keys ------------------------------------------------------------------------------------------------------
+
+    def user(self, key: str | None) -> str | None:
+        """Whose key that is ("" where there are no keys), None if nobody's. Takes as long for every key."""
+        if not self.settings.keys:
+            return ""
+        given = hashlib.sha256((key or "").encode("utf8", "surrogatepass")).digest()
+        found = [hmac.compare_digest(hashlib.sha256(own.encode()).digest(), given) for own in self.settings.keys]
+        return hashlib.sha256((key or "").encode("utf8", "surrogatepass")).hexdigest()[:16] if any(found) else None
+
+    def store(self, user: str) -> Store:
+        """Of one user; nobody sees another's."""
+        with self._lock:
+            if user not in self._stores:
+                folder = self.settings.store or default_folder()
+                own = folder / "users" / user if user else folder
+                ram = {} if self.settings.memory is None else {"ram_bytes": self._stored}
+                self._stores[user] = Store(own, **ram)
+            return self._stores[user]
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def prompt(self, text: str | Sequence[int], user: str, context: str | None) -> Prompt:
+        """Ids of a text, behind a named context or whatever stored text it begins with.
+
+        Raises:
+            Refused: ids that are none, no such context, too long a prompt.
+        """
+        ids = self.prompt_ids(text, begin=context is None)
+        if context is not None:
+            found = self.context(user, context)
+            n = len(found.tokens)
+            self.lookups.labels("context").inc()
+            return Prompt(ids, found.start, found, n, f"hit: context {context!r}, {n} tokens")
+        if not ids:
+            raise Refused(400, "the prompt is empty", "prompt")
+        known = self.store(user).find(ids, self.reader)
+        if known.context is not None and self.settings.invariant and known.cached_tokens % self.settings.chunk:
+            reason = f"miss: {known.cached_tokens} tokens are stored, which is no multiple of {self.settings.chunk}"
+            self.lookups.labels("miss").inc()
+            return Prompt(ids, reason=reason)
+        self.lookups.labels("miss" if known.context is None else "hit").inc()
+        if known.context is None:
+            return Prompt(ids, reason=known.reason)
+        n = known.cached_tokens
+        return Prompt(ids[n:], known.context.start, known.context, n, known.reason)
+
+    def prompt_ids(self, text: str | Sequence[int], *, begin: bool = True) -> list[int]:
+        """Ids of a text, or the ids given, checked; ``begin``: behind the separator that starts a text.
+
+        Raises:
+            Refused: what cannot be encoded, ids that are none, too many.
+        """
+        if isinstance(text, str):
+            try:
+                ids = self.reader.encode(text, begin=begin)
+            except ValueError as error:
+                raise Refused(400, f"the text cannot be encoded: {error}") from None
+        else:
+            ids = list(text)
+            if bad := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
+                raise Refused(400, f"token {bad[0]} is outside the vocabulary of {self.tokenizer.vocab_size}", "prompt")
+        if len(ids) > self.settings.max_prompt:
+            raise Refused(400, f"the prompt has {len(ids):,} tokens; {self.settings.max_prompt:,} are read", "prompt")
+        return ids
+
+    def context(self, user: str, name: str) -> Context:
+        """A stored context, on the model's device.
+
+        Raises:
+            Refused: 404 where there is none, 409 where it does not fit the model.
+        """
+        store = self.store(user)
+        self.known(user, name)
+        try:
+            return store.get(name, self.reader)
+        except ContextError as error:
+            raise Refused(409, str(error), "context") from None
+
+    def known(self, user: str, name: str) -> None:
+        """Raises `Refused` unless ``name`` is a context's."""
+        try:
+            there = self.store(user).look(name)
+        except ContextError as error:
+            raise Refused(400, str(error), "context") from None
+        if there is None:
+            raise Refused(404, f"context {name!r} does not exist", "context", "context_not_found")
+
+    def save(self, user: str, name: str, end: Start, base: Context | None) -> dict[str, Any]:
+        """Store the state after an answer: a new version where ``name`` means what was gone on from.
+
+        Raises:
+            Refused: the name means another text, or there is no room.
+        """
+        context = self.reader.wrap(end, base)
+        try:
+            self.store(user).commit(context, name)
+        except ContextError as error:
+            raise Refused(409, str(error), "save_context") from None
+        return {"name": name, "id": context.id, "tokens": len(context.tokens)}
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    async def run(self, request: Request, stops: Sequence[str], n: int = 1) -> AsyncIterator[Piece]:
+        """Pieces of n answers to one request, as they come; leaving early cancels them.
+
+        Raises:
+            Refused: 504 over time, 500 where the engine failed. `llm_mlp.infer.Full`: the queue is full.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+
+        def emitter(index: int) -> Callable[[Event], None]:
+            def emit(event: Event) -> None:
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+            return emit
+
+        texts = [Text(self.tokenizer, stops) for _ in range(n)]
+        tickets = []
+        started = loop.time()
+        last = [started] * n
+        written, again = [""] * n, [False] * n
+        try:
+            for index in range(n):
+                own = request if request.seed is None or n == 1 else _reseeded(request, index)
+                try:
+                    tickets.append(self.engine.submit(own, emitter(index)))
+                except ValueError as error:
+                    raise Refused(400, str(error)) from None
+            open_ = set(range(n))
+            while open_:
+                left = started + self.settings.timeout - loop.time()
+                try:
+                    index, event = await asyncio.wait_for(queue.get(), left)
+                except TimeoutError:
+                    raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
+                if index not in open_:
+                    continue
+                if event.error:
+                    raise Refused(500, f"the engine failed: {event.error}")
+                now, text = loop.time(), texts[index]
+                if event.token is not None and text.stopped:
+                    continue  # written before the engine heard of it
+                piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final)
+                if event.token is not None:
+                    (self.between if last[index] > started else self.first).observe(now - last[index])
+                    last[index] = now
+                    self.written.inc()
+                    piece.text = text.feed(event.token)
+                    piece.tokens = [(event.token, event.logprob, event.top)]
+                    written[index] += piece.text
+                    if text.stopped:
+                        tickets[index].cancel()
+                        if request.keep:
+                            # The state has read the stop text: it is made again from the answer without it.
+                            again[index] = True
+                            answer = self.reader.encode(written[index], begin=False)
+                            own = Request([*request.prompt, *answer], 0, start=request.start, keep=True)
+                            tickets.append(self.engine.submit(own, emitter(index)))
+                        else:
+                            piece.finish = "stop"
+                elif again[index]:
+                    if event.final is None:  # of the request that was stopped
+                        continue
+                    piece.finish = "stop"
+                elif event.finish is not None:
+                    piece.text = text.finish()
+                if piece.finish is not None:
+                    open_.remove(index)
+                yield piece
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    async def between_steps(self, function: Callable[[], Found]) -> Found:
+        """What ``function`` gives, run where the model is free."""
+        return await asyncio.wrap_future(self.engine.call(function))
+
+    def embed(self, ids: list[int]) -> torch.Tensor:
+        """The mean of the final normed hidden states, of length 1, float32."""
+        state, total = None, torch.zeros((), dtype=torch.float64)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            for a in range(0, len(ids), self.settings.chunk):
+                x, state = self.model.hidden(torch.tensor([ids[a : a + self.settings.chunk]], device=device), state)
+                total = total + x[0].double().sum(0).cpu()
+        return torch.nn.functional.normalize(total, dim=0).float()
+
+
+def _reseeded(request: Request, index: int) -> Request:
+    """Several answers of one seed are several, and the same each time."""
+    fields = {name: getattr(request, name) for name in request.__dataclass_fields__}
+    seed = int.from_bytes(hashlib.sha256(f"{request.seed}/{index}".encode()).digest()[:7], "big")
+    return Request(**{**fields, "seed": request.seed if index == 0 else seed})
+
+
+class _Gauges:
+    """What is asked for at each scrape."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Any:
+        load = self._service.engine.load
+        found = GaugeMetricFamily("llm_mlp_engine_requests", "Requests by what they do.", labels=["state"])
+        for state in ("waiting", "reading", "running"):
+            found.add_metric([state], load[state])
+        yield found
+        yield GaugeMetricFamily("llm_mlp_engine_free_slots", "Slots without a request.", load["free"])
+        steps = self._service.engine.counters.steps
+        yield GaugeMetricFamily("llm_mlp_engine_steps", "Decoding steps since the start.", steps)
+        tiers = GaugeMetricFamily("llm_mlp_context_bytes", "Bytes of contexts.", labels=["tier"])
+        usage = [store.usage() for store in list(self._service._stores.values())]
+        for tier in ("disk", "ram", "device"):
+            tiers.add_metric([tier], sum(row[f"{tier}_bytes"] for row in usage))
+        yield tiers

@@ -1,0 +1,86 @@
+"""A conversation in one process: every exchange goes on from the state after the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llm_mlp.context import Context, Reader
+from llm_mlp.infer import Engine, Event, Request, Sampling, Start
+from llm_mlp.serve.chat import ChatTemplate
+from llm_mlp.serve.service import Text
+
+
+class Talk:
+    """Args: base: a context that it goes on from. system: what it begins with."""
+
+    def __init__(self, reader: Reader, template: ChatTemplate, base: Context | None = None, system: str = "") -> None:
+        self._reader, self._template, self._base = reader, template, base
+        assert reader.tokenizer is not None
+        self._tokenizer = reader.tokenizer
+        self._engine = Engine(reader.model, slots=1, vocabulary=self._tokenizer.vocab_size)
+        self._messages = [{"role": "system", "content": system}] if system else []
+        # After each exchange: how many messages there are, and the state.
+        self._marks: list[tuple[int, Start | None]] = [(len(self._messages), base.start if base else None)]
+
+    def say(self, text: str, max_tokens: int, sampling: Sampling, seed: int | None) -> Iterator[str]:
+        """The answer's text as it comes. Left early, the exchange did not happen."""
+        count, start = self._marks[-1]
+        messages = [*self._messages[:count], {"role": "user", "content": text}]
+        # What the state has read is not read again: the template is asked for this turn alone behind it.
+        turn = messages if len(self._marks) == 1 else messages[-1:]
+        ids = self._reader.encode(self._template.render(turn), begin=start is None)
+        out = Text(self._tokenizer, self._template.stop)
+        events: list[Event] = []
+        answer = ""
+        stop = frozenset([self._tokenizer.eos])
+        ticket = self._engine.submit(Request(ids, max_tokens, sampling, seed, stop, start, keep=True), events.append)
+        try:
+            while self._engine.busy:
+                self._engine.step()
+                for event in events:
+                    if event.token is not None and not out.stopped:
+                        piece = out.feed(event.token)
+                        answer += piece
+                        yield piece
+                        if out.stopped:
+                            ticket.cancel()
+                    if event.finish == "error":
+                        raise RuntimeError(event.error)
+                final = events[-1].final if events else None
+                events.clear()
+                if final is not None:
+                    start = final
+        finally:
+            ticket.cancel()
+            while self._engine.busy:
+                self._engine.step()
+        if out.stopped:  # the state has read into the next turn: read the answer alone instead
+            start = self._again(ids, answer, self._marks[-1][1])
+        else:
+            piece = out.finish()
+            answer += piece
+            yield piece
+        self._messages = [*messages, {"role": "assistant", "content": answer}]
+        self._marks.append((len(self._messages), start))
+
+    def _again(self, ids: list[int], answer: str, start: Start | None) -> Start | None:
+        """The state after the prompt and the answer, without what the model wrote behind it."""
+        events: list[Event] = []
+        whole = [*ids, *self._reader.encode(answer + "\n", begin=False)]
+        self._engine.submit(Request(whole, 0, start=start, keep=True), events.append)
+        while self._engine.busy:
+            self._engine.step()
+        return events[-1].final
+
+    def undo(self) -> bool:
+        """Take the last exchange back; False if there is none."""
+        if len(self._marks) == 1:
+            return False
+        self._marks.pop()
+        self._messages = self._messages[: self._marks[-1][0]]
+        return True
+
+    def context(self) -> Context | None:
+        """The conversation so far; None if nothing was read yet."""
+        start = self._marks[-1][1]
+        return None if start is None else self._reader.wrap(start, self._base)
