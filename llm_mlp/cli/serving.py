@@ -107,10 +107,24 @@ def serve(
         service = Service(lm, tokenizer, template, settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    typer.echo(f"{settings.name}: {service.capacity}; http://{host}:{port}", err=True)
-    uvicorn.run(
-        create_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=60, access_log=False
+    typer.echo(f"{settings.name}: {service.capacity}", err=True)
+    config = uvicorn.Config(
+        create_app(service),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=60,
     )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list | None = None) -> None:
+            await super().startup(sockets)
+            for one in self.servers:
+                own = one.sockets[0].getsockname()
+                typer.echo(f"listening on http://{host}:{own[1]}", err=True)
+
+    Server(config).run()
 
 
 def chat(

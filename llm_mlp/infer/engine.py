@@ -4,9 +4,12 @@ The state of a sequence has a fixed size, so a request is a row of a pool and no
 at most `Engine.chunk` tokens of prompts and then decodes one token of every running request: streams keep their pace
 however long a prompt is that joins them.
 
+Running requests are the pool's first rows: where one leaves, the last takes its place, so a step works on the pool's
+own memory and copies nothing.
+
 What a request gets does not depend on the others, within rounding; with ``invariant`` to the bit: every decoding step
-has the pool's own batch size, rows without a request being padding. A prompt is always read alone, in pieces that end
-at multiples of the chunk from the text's start, so the reading is the same in both modes.
+has the pool's own batch size, rows without a request computing something that nobody reads. A prompt is always read
+alone, in pieces that end at multiples of the chunk from the text's start, so the reading is the same in both modes.
 """
 
 from __future__ import annotations
@@ -189,15 +192,14 @@ class Engine:
         self.slots, self.chunk, self.queue, self.invariant = slots, chunk, queue, invariant
         self.vocabulary = vocabulary or model.config.vocab_size
         self.device = next(model.parameters()).device
-        self.pool = model.init_state(slots)
+        self.pool = model.init_state(-(-slots // ROWS) * ROWS if invariant else slots)
         self.counters = Counters()
         self._graphs: dict[int, tuple[CapturedStep, Tensor]] | None = (
             {} if graphs and self.device.type == "cuda" else None
         )
-        self._free = list(range(slots - 1, -1, -1))
         self._waiting: deque[Ticket] = deque()
         self._reading: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
+        self._running: list[Ticket] = []  # a request's place here is its row of the pool
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
@@ -219,7 +221,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Full("the engine is closing")
-            if len(self._waiting) >= self.queue + len(self._free):
+            if len(self._waiting) >= self.queue + self._free:
                 raise Full(f"{len(self._waiting)} requests are waiting already")
             ticket = Ticket(next(self._numbers), request, emit, self._wake)
             self._waiting.append(ticket)
@@ -254,8 +256,12 @@ class Engine:
                 "waiting": len(self._waiting),
                 "reading": len(self._reading),
                 "running": len(self._running),
-                "free": len(self._free),
+                "free": self._free,
             }
+
+    @property
+    def _free(self) -> int:
+        return self.slots - len(self._reading) - len(self._running)
 
     @property
     def busy(self) -> bool:
@@ -288,9 +294,7 @@ class Engine:
                 self._waiting.remove(ticket)
                 self._finish(ticket, "cancelled")
             while self._waiting and self._free:
-                ticket = self._waiting.popleft()
-                ticket.row = self._free.pop()
-                self._reading.append(ticket)
+                self._reading.append(self._waiting.popleft())
         for ticket in [t for t in (*self._reading, *self._running) if t.cancelled]:
             self._leave(ticket, "cancelled")
         budget = self.chunk
@@ -337,11 +341,13 @@ class Engine:
             final = Start(self._tokens(ticket), state, logits.clone()) if request.keep else None
             self._leave(ticket, "length", final)
             return size
+        with self._changed:
+            self._reading.remove(ticket)
+            ticket.row = len(self._running)
+            self._running.append(ticket)
         for name, pool in self.pool.items():
             pool[ticket.row].copy_(state[name][0])
         ticket.state = None
-        self._reading.remove(ticket)
-        self._running.append(ticket)
         self._remember(ticket)
         self._choose([ticket], logits)
         return size
@@ -357,34 +363,33 @@ class Engine:
 
     def _decode(self) -> None:
         running = list(self._running)
-        rows, tokens = [t.row for t in running], [t.last for t in running]
+        count, size = len(running), len(running)
         if self.invariant:
-            size = -(-self.slots // ROWS) * ROWS
+            size = len(next(iter(self.pool.values())))
         elif self._graphs is not None:
-            size = min(self.slots, 1 << (len(rows) - 1).bit_length())
+            size = min(self.slots, 1 << (count - 1).bit_length())
+        ids = torch.tensor([t.last for t in running] + [0] * (size - count), device=self.device)
+        captured = self._captured(size) if self._graphs is not None else None
+        if captured is not None:
+            step, place = captured
+            place.copy_(torch.tensor([*range(count), *[-1] * (size - count)]))
+            logits = step(ids)
         else:
-            size = len(rows)
-        if self.invariant:  # a request's row of the batch is that of the pool
-            rows_all, tokens_all = [-1] * size, [0] * size
-            for row, token in zip(rows, tokens, strict=True):
-                rows_all[row], tokens_all[row] = row, token
-            at = rows
-        else:
-            rows_all, tokens_all = rows + [-1] * (size - len(rows)), tokens + [0] * (size - len(tokens))
-            at = list(range(len(rows)))
-        ids, index = (torch.tensor(x, device=self.device) for x in (tokens_all, rows_all))
-        if self._graphs is None:
             with invariant_steps(self.invariant):
-                logits = self.model.step(ids, self.pool, index)
-        else:
-            if size not in self._graphs:
-                place = torch.full((size,), -1, device=self.device)
-                self._graphs[size] = CapturedStep(self.model, self.pool, size, place), place
-            captured, place = self._graphs[size]
-            place.copy_(index)
-            logits = captured(ids)
+                logits = self.model.step(ids, {name: t[:size] for name, t in self.pool.items()})
         self.counters.steps += 1
-        self._choose(running, logits[torch.tensor(at, device=self.device)])
+        self._choose(running, logits[:count])
+
+    def _captured(self, size: int) -> tuple[CapturedStep, Tensor] | None:
+        """The step of a batch size as a CUDA graph, and where the rows it uses are told; None where there is none."""
+        if self._graphs is not None and size not in self._graphs:
+            place = torch.full((size,), -1, device=self.device)
+            try:
+                self._graphs[size] = CapturedStep(self.model, self.pool, size, place), place
+            except (RuntimeError, ValueError) as error:
+                log.warning("steps are launched one by one, not as CUDA graphs: %s", str(error).splitlines()[0])
+                self._graphs = None
+        return None if self._graphs is None else self._graphs[size]
 
     def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
         """Sample the next token of each, logits ``[len(tickets), vocabulary]``, and tell it."""
@@ -395,7 +400,7 @@ class Engine:
         keep = [n for n, t in enumerate(tickets) if t.row >= 0]
         if not keep:
             return
-        tickets, own = [tickets[n] for n in keep], logits[keep]
+        tickets, own = [tickets[n] for n in keep], logits[keep]  # a copy
         own[:, self.vocabulary :] = -torch.inf
         settings = [t.request.sampling for t in tickets]
         uniform = torch.tensor(
@@ -451,14 +456,15 @@ class Engine:
         return Start(self._tokens(ticket), state, logits.clone())
 
     def _leave(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
-        if ticket in self._reading:
-            self._reading.remove(ticket)
-        if ticket in self._running:
-            self._running.remove(ticket)
         with self._changed:
+            if ticket in self._reading:
+                self._reading.remove(ticket)
             if ticket.row >= 0:
-                self._free.append(ticket.row)
-                self._free.sort(reverse=True)  # low rows first
+                last = self._running.pop()
+                if last is not ticket:  # it takes the place that becomes free
+                    for pool in self.pool.values():
+                        pool[ticket.row].copy_(pool[last.row])
+                    self._running[ticket.row], last.row = last, ticket.row
         ticket.row, ticket.state, ticket.logits, ticket.seen, ticket.counts = -1, None, None, None, None
         self._finish(ticket, finish, final, error)
 

@@ -1,0 +1,191 @@
+"""`llm-mlp serve` and `llm-mlp chat` as a user starts them, chat templates, and the text of an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from serve_cases import small_model
+
+from llm_mlp.checkpoint import save_model
+from llm_mlp.cli.serving import KEYS, read_keys
+from llm_mlp.config import ConfigError
+from llm_mlp.context import Reader, Store
+from llm_mlp.infer import Sampling
+from llm_mlp.serve.chat import ChatError, ChatTemplate
+from llm_mlp.serve.service import Text
+from llm_mlp.serve.talk import Talk
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "model"
+    save_model(path, *model)
+    return path
+
+
+def command(*args):
+    return [sys.executable, "-m", "llm_mlp", *map(str, args)]
+
+
+def test_serve_answers_and_ends_on_a_signal(folder, tmp_path):
+    key = tmp_path / "keys"
+    key.write_text("# ours\nsecret\n")
+    args = ("serve", "--model", folder, "--port", 0, "--api-keys", key, "--store", tmp_path / "store")
+    args = (*args, "--memory-gb", 0.0001)
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        lines = []
+        while not lines or not lines[-1].startswith("listening on "):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        url = lines[-1].split()[-1]
+        assert any("active + " in line and "were asked for" in line for line in lines)
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers=headers).json()["data"][0]["id"] == folder.parent.name
+        body = {"prompt": "The mill", "max_tokens": 4}
+        assert httpx.post(url + "/v1/completions", json=body, headers=headers, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+
+
+def test_a_killed_server_loses_no_context(folder, tmp_path, model):
+    """Contexts whose creation was answered are whole after kill -9."""
+    args = ("serve", "--model", folder, "--port", 0, "--store", tmp_path)
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    made = []
+    try:
+        line = ""
+        while not line.startswith("listening on "):
+            line = process.stderr.readline()
+            assert line
+        url, until = line.split()[-1], time.time() + 1.5
+        while time.time() < until:
+            found = httpx.post(url + "/v1/contexts", json={"name": f"c{len(made)}", "text": f"The river {len(made)}"})
+            made.append(found.json()["id"])
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+    store, reader = Store(tmp_path), Reader(*model)
+    assert made and [store.get(f"c{i}", reader).id for i in range(len(made))] == made
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--host", "0.0.0.0"), "without API keys only this machine is served"),
+        (("--api-keys", "/nowhere/keys"), "cannot be read"),
+        (("--dtype", "fp4"), "expected fp32"),
+    ],
+)
+def test_serve_refuses(folder, more, says):
+    environment = {k: v for k, v in os.environ.items() if k != KEYS}
+    done = subprocess.run(
+        command("serve", "--model", folder, *more), capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr
+
+
+def test_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEYS, " a, b ,")
+    assert read_keys(None) == ("a", "b")
+    (tmp_path / "keys").write_text("one # first\n\n# none\ntwo\n")
+    assert read_keys(tmp_path / "keys") == ("one", "two")
+    (tmp_path / "none").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_keys(tmp_path / "none")
+
+
+def test_chat_talks_takes_back_and_saves(folder, tmp_path):
+    said = "The mill\n/undo\n/undo\nThe wheel\n/save talk\n/what\n/save ../x\n/quit\n"
+    args = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 8, "--store", tmp_path)
+    done = subprocess.run(command(*args), input=said, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "INFO" not in line]
+    assert lines[:2] == ["taken back", "nothing to take back"] and lines[2].startswith("saved talk: ")
+    assert lines[3].startswith("/what: unknown") and "is no name for a context" in lines[4]
+    assert Store(tmp_path).get("talk").manifest.tokens > 8
+
+
+def test_talk_goes_on_from_its_state(model):
+    reader, rule = Reader(*model), Sampling(0)
+    talk = Talk(reader, ChatTemplate(None))
+    first = "".join(talk.say("The mill", 6, rule, None))
+    kept = talk.context()
+    second = "".join(talk.say("on", 6, rule, None))
+    assert talk.undo() and "".join(talk.say("on", 6, rule, None)) == second
+    other = Talk(reader, ChatTemplate(None), kept)
+    assert "".join(other.say("on", 6, rule, None)) == second
+    text = reader.tokenizer.decode(talk.context().tokens.tolist())
+    assert text == f"user: The mill\nassistant: {first}user: on\nassistant: {second}"
+
+
+# -- templates -----------------------------------------------------------------------------------------------------
+
+
+def test_templates_are_found(tmp_path, caplog):
+    messages = [{"role": "user", "content": "hi"}]
+    assert ChatTemplate.load(tmp_path).render(messages) == "user: hi\nassistant: "
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}})
+    )
+    assert ChatTemplate.load(tmp_path).render(messages) == "<s>hi"
+    source = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ tools | tojson }}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    assert ChatTemplate.load(tmp_path).render(messages, [{"é": 1}]) == '[hi][{"é": 1}]'
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(ChatError, match="cannot be read"):
+        ChatTemplate.load(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ChatError, match="cannot be read"):
+        ChatTemplate.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('only pairs') }}",
+        "{{ messages[9].content }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_templates_stay_in_their_sandbox(source):
+    with pytest.raises(ChatError, match="refuses these messages"):
+        ChatTemplate(source).render([{"role": "user", "content": "hi"}])
+
+
+# -- the text of an answer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [[], ["wheel"], ["r, and", "zzz"], ["rive", "river"], ["."]])
+def test_text_up_to_a_stop(model, stops):
+    _, tokenizer = model
+    whole = "The mill stood by the river, and the wheel turned. é€😀 end"
+    places = [whole.find(stop) for stop in stops if stop in whole]
+    want = whole[: min(places)] if places else whole
+    text, out = Text(tokenizer, stops), ""
+    for token in tokenizer.encode(whole):
+        out += text.feed(token)
+        assert want.startswith(out)  # nothing has to be taken back
+        if text.stopped:
+            break
+    out += text.finish()
+    assert out == want and text.stopped == bool(places)
