@@ -413,6 +413,31 @@ def bench_decode(
         typer.echo(line)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Checkpoint; none: random weights.", show_default=False)
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Of the random weights.")] = "demo",
+    clients: Annotated[int, typer.Option(min=1, help="That ask at a time.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.5, help="That they ask for.")] = 30.0,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    invariant: Annotated[bool, typer.Option("--invariant", help="The batch-invariant mode.")] = False,
+    results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """A server under load beside the bare engine: throughput, latencies, memory, CPU."""
+    from llm_mlp.bench.serving import bench_serving
+
+    for line in bench_serving(
+        model, preset, clients, seconds, slots, prompt_tokens, max_tokens, invariant, results, threads, device
+    ):
+        typer.echo(line)
+
+
 @bench_app.command("op")
 def bench_op(
     op: Annotated[str, typer.Argument(help="perceive or memorise.")],

@@ -297,14 +297,7 @@ class Engine:
                 self._reading.append(self._waiting.popleft())
         for ticket in [t for t in (*self._reading, *self._running) if t.cancelled]:
             self._leave(ticket, "cancelled")
-        budget = self.chunk
-        while self._reading and budget > 0:
-            ticket = self._reading[0]
-            try:
-                budget -= self._read(ticket)
-            except Exception as error:  # out of memory, say: of this request alone
-                log.exception("request %d: reading its prompt failed", ticket.number)
-                self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+        self._read_some()
         if self._running:
             try:
                 self._decode()
@@ -313,44 +306,97 @@ class Engine:
                 for ticket in list(self._running):
                     self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
 
-    def _read(self, ticket: Ticket) -> int:
-        """Read the next piece of a prompt; how many tokens that was."""
-        request = ticket.request
-        if ticket.state is None:
-            if request.start is not None:
-                # Copied: what continues a context leaves it as it is.
-                ticket.state = {n: t.to(self.device, copy=True) for n, t in request.start.state.items()}
-                ticket.logits = request.start.logits.to(self.device, copy=True)
-            else:
-                ticket.state = {}
-        size = min(len(request.prompt) - ticket.done, self.chunk - ticket.position % self.chunk)
-        if size:
-            ids = torch.tensor([list(request.prompt[ticket.done : ticket.done + size])], device=self.device)
-            last = ticket.done + size == len(request.prompt)
-            out = self.model(ids, ticket.state or None, logits="last" if last else "none")
-            ticket.state, ticket.done, ticket.position = out.state, ticket.done + size, ticket.position + size
-            self.counters.prompt_tokens += size
-            if last:
-                ticket.logits = out.logits[:, -1]
-        ticket.emit(Event(read=ticket.done))
-        if ticket.done < len(request.prompt):
-            return size
-        state, logits = ticket.state, ticket.logits
-        assert logits is not None
-        if request.max_tokens == 0:
-            final = Start(self._tokens(ticket), state, logits.clone()) if request.keep else None
-            self._leave(ticket, "length", final)
-            return size
-        with self._changed:
-            self._reading.remove(ticket)
-            ticket.row = len(self._running)
-            self._running.append(ticket)
-        for name, pool in self.pool.items():
-            pool[ticket.row].copy_(state[name][0])
-        ticket.state = None
-        self._remember(ticket)
-        self._choose([ticket], logits)
-        return size
+    def _read_some(self) -> None:
+        """Up to `chunk` prompt tokens: of one request after another, or (not invariant) of several in one go."""
+        budget, together = self.chunk, list[tuple[Ticket, int]]()
+        for ticket in list(self._reading):
+            if budget <= 0:
+                break
+            left = len(ticket.request.prompt) - ticket.done
+            size = min(left, self.chunk - ticket.position % self.chunk, self.chunk if self.invariant else budget)
+            budget -= max(1, size)
+            together.append((ticket, size))
+        groups = [[one] for one in together] if self.invariant else [together] if together else []
+        while groups:
+            group = groups.pop(0)
+            try:
+                self._read(group)
+            except Exception as error:  # out of memory, say
+                if len(group) > 1:
+                    log.warning("reading %d prompts in one go failed (%s); they are read apart", len(group), error)
+                    groups = [[one] for one in group]
+                    continue
+                log.exception("request %d: reading its prompt failed", group[0][0].number)
+                self._leave(group[0][0], "error", error=f"{type(error).__name__}: {error}")
+
+    def _begin(self, ticket: Ticket) -> State:
+        """The state before a ticket's next piece."""
+        start = ticket.request.start
+        if ticket.state is None and start is not None:
+            # Copied: what continues a context leaves it as it is.
+            ticket.state = {n: t.to(self.device, copy=True) for n, t in start.state.items()}
+            ticket.logits = start.logits.to(self.device, copy=True)
+        elif ticket.state is None:
+            ticket.state = self.model.init_state(1)
+        return ticket.state
+
+    def _read(self, group: list[tuple[Ticket, int]]) -> None:
+        """Read the next pieces of some prompts, packed where there are several."""
+        states = [self._begin(ticket) for ticket, _ in group]
+        reading = [n for n, (_, size) in enumerate(group) if size]
+        if reading:
+            sizes = [group[n][1] for n in reading]
+            ids = [
+                i
+                for n in reading
+                for i in group[n][0].request.prompt[group[n][0].done : group[n][0].done + group[n][1]]
+            ]
+            state = {name: torch.cat([states[n][name] for n in reading]) for name in states[reading[0]]}
+            packed = None
+            if len(reading) > 1:
+                packed = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+            out = self.model(torch.tensor([ids], device=self.device), state, packed, logits="last")
+            for row, n in enumerate(reading):
+                ticket, size = group[n]
+                ticket.state = {name: t[row : row + 1] for name, t in out.state.items()}
+                ticket.logits = out.logits[:, row]
+                ticket.done, ticket.position = ticket.done + size, ticket.position + size
+                self.counters.prompt_tokens += size
+        ready = []
+        for ticket, _ in group:
+            ticket.emit(Event(read=ticket.done))
+            if ticket.done == len(ticket.request.prompt):
+                ready.append(ticket)
+        self._start([ticket for ticket in ready if not self._only_read(ticket)])
+
+    def _only_read(self, ticket: Ticket) -> bool:
+        """Ends a request that asks for no token."""
+        if ticket.request.max_tokens > 0:
+            return False
+        assert ticket.state is not None and ticket.logits is not None
+        final = None
+        if ticket.request.keep:
+            state = {name: t.clone() for name, t in ticket.state.items()}
+            final = Start(self._tokens(ticket), state, ticket.logits.clone())
+        self._leave(ticket, "length", final)
+        return True
+
+    def _start(self, tickets: list[Ticket]) -> None:
+        """Requests whose prompts are read join those that decode; their first tokens."""
+        if not tickets:
+            return
+        logits = torch.cat([t.logits for t in tickets if t.logits is not None])
+        for ticket in tickets:
+            state = ticket.state or {}
+            with self._changed:
+                self._reading.remove(ticket)
+                ticket.row = len(self._running)
+                self._running.append(ticket)
+            for name, pool in self.pool.items():
+                pool[ticket.row].copy_(state[name][0])
+            ticket.state = None
+            self._remember(ticket)
+        self._choose(tickets, logits)
 
     def _remember(self, ticket: Ticket) -> None:
         """What penalties ask for."""
