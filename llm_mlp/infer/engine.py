@@ -8,8 +8,8 @@ Running requests are the pool's first rows: where one leaves, the last takes its
 own memory and copies nothing.
 
 What a request gets does not depend on the others, within rounding; with ``invariant`` to the bit: every decoding step
-has the pool's own batch size, rows without a request computing something that nobody reads. A prompt is always read
-alone, in pieces that end at multiples of the chunk from the text's start, so the reading is the same in both modes.
+has the pool's own batch size, rows without a request computing something that nobody reads, and every prompt is read
+alone (else several are packed). Pieces end at multiples of the chunk from the text's start.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Ticket:
             self._emit(event)
         except Exception:  # a listener that has gone may not stop the others
             log.exception("request %d: its listener failed; it is cancelled", self.number)
-            self.cancelled = True
+            self.cancelled, self._emit = True, lambda event: None
 
     def uniform(self) -> float:
         return float(torch.rand((), dtype=torch.float64, generator=self.generator))
@@ -310,10 +310,9 @@ class Engine:
         """Up to `chunk` prompt tokens: of one request after another, or (not invariant) of several in one go."""
         budget, together = self.chunk, list[tuple[Ticket, int]]()
         for ticket in list(self._reading):
-            if budget <= 0:
+            size = min(len(ticket.request.prompt) - ticket.done, self.chunk - ticket.position % self.chunk)
+            if together and size > budget:
                 break
-            left = len(ticket.request.prompt) - ticket.done
-            size = min(left, self.chunk - ticket.position % self.chunk, self.chunk if self.invariant else budget)
             budget -= max(1, size)
             together.append((ticket, size))
         groups = [[one] for one in together] if self.invariant else [together] if together else []
@@ -346,11 +345,9 @@ class Engine:
         reading = [n for n, (_, size) in enumerate(group) if size]
         if reading:
             sizes = [group[n][1] for n in reading]
-            ids = [
-                i
-                for n in reading
-                for i in group[n][0].request.prompt[group[n][0].done : group[n][0].done + group[n][1]]
-            ]
+            ids: list[int] = []
+            for ticket, size in (group[n] for n in reading):
+                ids += ticket.request.prompt[ticket.done : ticket.done + size]
             state = {name: torch.cat([states[n][name] for n in reading]) for name in states[reading[0]]}
             packed = None
             if len(reading) > 1:
