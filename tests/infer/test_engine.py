@@ -175,7 +175,7 @@ def test_a_failing_listener_and_a_failing_prompt_harm_nobody_else(monkeypatch, c
     whole = model.forward
 
     def forward(ids, *args, **kwargs):
-        if ids[0, 0] == 13:
+        if (ids == 13).any():
             raise RuntimeError("CUDA out of memory")
         return whole(ids, *args, **kwargs)
 
