@@ -208,7 +208,8 @@ def create_app(service: Service) -> FastAPI:
         http.state.facts = writer.facts
         pieces = service.run(request, kind.stops, n)
         if body.stream:
-            first = await anext(pieces)  # refusals come with their status, not in the stream
+            # Refusals come with their status, not in the stream; and who leaves the queue is not waited for.
+            first = await _unless_gone(http, anext(pieces))
             return StreamingResponse(writer.stream(first, pieces), media_type="text/event-stream")
         return JSONResponse(await _unless_gone(http, writer.whole(pieces, n)))
 
@@ -340,7 +341,11 @@ def create_app(service: Service) -> FastAPI:
 
 async def _unless_gone(http: HTTP, work: Any) -> Any:
     """What ``work`` gives; cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
+
+    async def result() -> Any:
+        return await work
+
+    task = asyncio.ensure_future(result())
 
     async def gone() -> None:
         while not await http.is_disconnected():
