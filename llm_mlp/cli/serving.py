@@ -60,6 +60,7 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, contexts, metrics, and a page to chat on."""
+    from llm_mlp.allocator import keep_freed_memory
     from llm_mlp.checkpoint import load_model, resolve
     from llm_mlp.config import ConfigError
     from llm_mlp.device import pick_device
@@ -83,6 +84,7 @@ def serve(
     if threads:
         torch.set_num_threads(threads)
     logging.getLogger("llm_mlp").setLevel(logging.INFO)
+    keep_freed_memory()
     lm, tokenizer = load_model(model, device=pick_device(device), dtype=None if dtype == "fp32" else DTYPES[dtype])
     try:
         template = ChatTemplate.load(resolve(model))
