@@ -118,6 +118,13 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(_Limits, service=service)
+    for add in (_add_errors, _add_about, _add_writing, _add_contexts):
+        add(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    """Every refusal in OpenAI's form."""
 
     @app.exception_handler(Refused)
     async def _(http: HTTP, error: Refused) -> Response:
@@ -147,7 +154,9 @@ def create_app(service: Service) -> FastAPI:
         log.error("%s failed: %s: %s", http.url.path, type(error).__name__, error)
         return _error(500, "an error of the server; its log has it")
 
-    # -- about the server ------------------------------------------------------------------------------------------
+
+def _add_about(app: FastAPI, service: Service) -> None:
+    """The page, and what tells of the server."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -179,7 +188,9 @@ def create_app(service: Service) -> FastAPI:
             raise Refused(404, f"model {name!r} does not exist; this is {service.settings.name!r}", "model")
         return (await models(user))["data"][0]
 
-    # -- writing ---------------------------------------------------------------------------------------------------
+
+def _add_writing(app: FastAPI, service: Service) -> None:
+    """Completions, chats and embeddings."""
 
     async def answer(
         http: HTTP, body: Generation, user: str, kind: _Kind, text: str | list[int], limit: int | None
@@ -246,7 +257,9 @@ def create_app(service: Service) -> FastAPI:
         usage = {"prompt_tokens": total, "total_tokens": total}
         return {"object": "list", "data": rows, "model": service.settings.name, "usage": usage}
 
-    # -- contexts --------------------------------------------------------------------------------------------------
+
+def _add_contexts(app: FastAPI, service: Service) -> None:
+    """Contexts: made, shown, continued, taken back, removed."""
 
     def row(user: str, name: str) -> dict[str, Any]:
         service.known(user, name)
@@ -335,8 +348,6 @@ def create_app(service: Service) -> FastAPI:
         service.known(user, name)
         await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
         return await asyncio.to_thread(row, user, name)
-
-    return app
 
 
 async def _unless_gone(http: HTTP, work: Any) -> Any:

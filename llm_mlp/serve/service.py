@@ -8,7 +8,7 @@ import hmac
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -362,9 +362,8 @@ class Service:
 
 def _reseeded(request: Request, index: int) -> Request:
     """Several answers of one seed are several, and the same each time."""
-    fields = {name: getattr(request, name) for name in request.__dataclass_fields__}
     seed = int.from_bytes(hashlib.sha256(f"{request.seed}/{index}".encode()).digest()[:7], "big")
-    return Request(**{**fields, "seed": request.seed if index == 0 else seed})
+    return request if index == 0 else replace(request, seed=seed)
 
 
 class _Gauges:

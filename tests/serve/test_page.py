@@ -49,7 +49,7 @@ def say(page, text):
 
 def test_chat_by_keyboard(page, server):
     page.goto(server[0])
-    assert page.locator("#model").text_content() == "mill"
+    page.wait_for_function("document.querySelector('#model').textContent == 'mill'")  # asked for once the page is there
     page.fill("#temperature", "0")
     page.fill("#limit", "20")
     first = say(page, "The mill")
