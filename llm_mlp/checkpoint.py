@@ -41,9 +41,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if folder.exists():
             os.rename(folder, old)
         os.rename(temporary, folder)
@@ -95,8 +96,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
-def write_model(folder: Path, model: LM, tokenizer: Tokenizer | None) -> None:
-    """config.json, tokenizer.json and model.safetensors into an existing folder."""
+def write_model(
+    folder: Path,
+    model: LM,
+    tokenizer: Tokenizer | None,
+    *,
+    weights: bool = True,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """config.json, tokenizer.json and, with ``weights``, model.safetensors into an existing folder.
+
+    ``tensors``: weights to write instead of the model's own.
+    """
     config = {
         "format_version": FORMAT_VERSION,
         "model_type": "llm-mlp",
@@ -106,13 +117,17 @@ def write_model(folder: Path, model: LM, tokenizer: Tokenizer | None) -> None:
     write_json(folder / "config.json", config)
     if tokenizer is not None:
         tokenizer.save(folder)
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format_version": str(FORMAT_VERSION)})
+    if weights:
+        found = model.state_dict() if tensors is None else tensors
+        found = {name: t.detach().contiguous().cpu() for name, t in found.items()}
+        save_file(found, folder / "model.safetensors", metadata={"format_version": str(FORMAT_VERSION)})
 
 
-def save_model(folder: str | Path, model: LM, tokenizer: Tokenizer | None) -> None:
-    """Write a checkpoint of the model alone, atomically."""
-    write_folder(Path(folder), lambda temporary: write_model(temporary, model, tokenizer))
+def save_model(
+    folder: str | Path, model: LM, tokenizer: Tokenizer | None, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint of the model alone, atomically; ``tensors`` as in `write_model`."""
+    write_folder(Path(folder), lambda temporary: write_model(temporary, model, tokenizer, tensors=tensors))
 
 
 def resolve(path: str | Path) -> Path:
@@ -138,8 +153,11 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(model: LM, path: Path) -> None:
-    """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape."""
+def load_weights(model: LM, path: Path, into: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape.
+
+    ``into(stored, own)``: what of a stored tensor the model's own takes, where that is sharded.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
     own = model.state_dict()
@@ -158,7 +176,7 @@ def load_weights(model: LM, path: Path) -> None:
                         f"{tuple(tensor.shape)}"
                     )
                 with torch.no_grad():
-                    tensor.copy_(stored)
+                    tensor.copy_(stored if into is None else into(stored.to(tensor.device), tensor))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 

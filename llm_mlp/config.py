@@ -224,6 +224,9 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
     clip: float = Field(1.0, ge=0, description="gradient norm is clipped at this; 0: no clipping")
+    clip_scale: Literal["fixed", "size"] = Field(
+        "fixed", description="size: clip is meant for 100 M parameters and grows as the root of their number"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,6 +242,10 @@ class ScheduleConfig(Config):
     warmup: int = Field(2000, ge=0, description="steps of warm-up, at most a tenth of the run")
     decay: float = Field(0.6, gt=0, le=1, description="share of the run in which linear and wsd decay")
     final: float = Field(0.0, ge=0, le=1, description="rate at the end, relative to the peak")
+    weight_decay: Literal["constant", "rate"] = Field(
+        "constant", description="rate: the weight decay falls with the learning rate (whose product it is taken in)"
+    )
+    momentum_warmup: int = Field(0, ge=0, description="steps in which Muon's momentum rises from 0.85; 0: none")
 
 
 class EvalConfig(Config):
@@ -254,8 +261,63 @@ class CheckpointConfig(Config):
     keep_best: bool = Field(True, description="keep the checkpoint with the lowest held-out loss too")
 
 
+class ControlConfig(Config):
+    """Adaptive training: what may change while a run goes on (docs/training.md has the rules). All off but advice."""
+
+    rate_from_gradients: bool = Field(False, description="lower the rate while gradients are noisier than they were")
+    rate_from_loss: bool = Field(False, description="lower the rate on a spike, a divergence or a plateau of the loss")
+    min_factor: float = Field(0.1, gt=0, le=1, description="the controllers together never go below this share")
+    patience: int = Field(
+        500, ge=20, description="steps in each half of what a plateau is judged by; a tenth of it: calm after a spike"
+    )
+    spikes: Literal["off", "skip"] = Field(
+        "off", description="skip: a step whose loss or gradient norm stands out is not applied, its samples quarantined"
+    )
+    spike_sigma: float = Field(6.0, ge=3, description="standard deviations above the recent mean that stand out")
+    batch: Literal["off", "advice", "ramp"] = Field(
+        "advice", description="what the gradient noise scale does: nothing, a line in the log, a doubled batch"
+    )
+    max_batch: int = Field(0, ge=0, description="sequences a step that a ramp stops at; 0: eight times batch_size")
+
+
+class AverageConfig(Config):
+    """Averages of the weights, evaluated and exported beside the weights themselves."""
+
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average, for example 0.999; 0: none")
+    last: int = Field(0, ge=0, description="mean of the weights at this many last points; 0: none")
+    every: int = Field(50, ge=1, description="steps between the points of `last`")
+
+
+class ParallelConfig(Config):
+    """How a run is spread over the processes that torchrun starts; a single process needs none of it."""
+
+    data: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: every process holds the whole model; fsdp: weights and optimizer state are sharded"
+    )
+    zero: int = Field(
+        3,
+        ge=1,
+        le=3,
+        description="fsdp: 1 keeps weights and accumulated gradients whole within a step, 2 the weights, 3 neither",
+    )
+    replicas: int = Field(1, ge=1, description="fsdp: copies of the sharded model (hybrid: shards within a node)")
+    context: int = Field(1, ge=1, description="processes that share every sequence, each reading a span of it")
+    compress: Literal["none", "bf16", "powersgd"] = Field("none", description="ddp: how gradients travel")
+    powersgd_rank: int = Field(4, ge=1)
+    reduce_dtype: Literal["same", "bf16", "fp32"] = Field("same", description="fsdp: dtype gradients are summed in")
+    timeout: float = Field(600.0, gt=0, description="seconds a process waits for the others")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data == "fsdp" and self.compress != "none":
+            raise ValueError(f"compress = {self.compress} needs data = ddp; with fsdp set reduce_dtype = bf16")
+        if self.data == "ddp" and (self.replicas != 1 or self.zero != 3 or self.reduce_dtype != "same"):
+            raise ValueError("zero, replicas and reduce_dtype are for data = fsdp")
+        return self
+
+
 class TrainConfig(Config):
-    """A training run on one device."""
+    """A training run, in one process or many."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -263,10 +325,16 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    control: ControlConfig = ControlConfig()
+    average: AverageConfig = AverageConfig()
+    parallel: ParallelConfig = ParallelConfig()
     out: str = Field("runs/train", min_length=1, description="folder of the run")
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
-    micro_batch: int = Field(0, ge=0, description="sequences a forward pass; 0: the whole batch. Divides batch_size")
+    micro_batch: int | Literal["auto"] = Field(
+        0,
+        description="sequences a forward pass of a process; 0: all it has; auto: what fits in memory, found by trying",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = Field(False, description="torch.compile every block")
     cuda_graph: bool = Field(
@@ -280,15 +348,25 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
 
-    @property
-    def accumulation(self) -> int:
-        """Forward passes an optimizer step."""
-        return self.batch_size // (self.micro_batch or self.batch_size)
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.micro_batch and self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto" and self.micro_batch < 0:
+            raise ValueError(f"micro_batch = {self.micro_batch}: expected a number of sequences, 0 or auto")
+        if self.micro_batch not in (0, "auto") and self.batch_size % int(self.micro_batch):
             raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
+        if self.data.packing == "streams" and self.control.batch == "ramp":
+            raise ValueError("control.batch = ramp changes the number of streams; set data.packing = joined or reset")
+        if self.data.packing == "streams" and self.parallel.context > 1:
+            raise ValueError("parallel.context > 1 does not carry streams' states; set data.packing = joined or reset")
+        if self.parallel.context > 1 and "attention" in self.model.mixers:
+            raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
+        if self.parallel.data == "fsdp" and self.precision == "fp16":
+            raise ValueError("precision = fp16 has a loss scale that sharded gradients do not share; set bf16")
+        limit = self.control.max_batch
+        if limit and (limit < self.batch_size or limit % self.batch_size):
+            raise ValueError(f"control.max_batch = {limit} is not a multiple of batch_size = {self.batch_size}")
+        if self.cuda_graph and self.micro_batch == "auto":
+            raise ValueError("micro_batch = auto changes the shape that cuda_graph = true captures; give a number")
         if self.data.packing == "streams" and "attention" in self.model.mixers:
             raise ValueError("data.packing = streams needs a state of fixed size; attention's cache grows without end")
         if self.cuda_graph and (self.data.packing != "joined" or self.precision == "fp16"):

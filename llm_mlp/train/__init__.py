@@ -1,5 +1,7 @@
-"""Training: one loop, optimizers, schedules, resumable state."""
+"""Training: one loop, optimizers, schedules, controllers, processes, resumable state."""
 
-from llm_mlp.train.loop import TrainingError, TrainResult, train
+from llm_mlp.train.gradients import TrainingError
+from llm_mlp.train.loop import TrainResult, train
+from llm_mlp.train.parallel import RankError
 
-__all__ = ["TrainResult", "TrainingError", "train"]
+__all__ = ["RankError", "TrainResult", "TrainingError", "train"]

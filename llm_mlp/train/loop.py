@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: one for a single process and for many."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from llm_mlp.allocator import keep_freed_memory
 from llm_mlp.checkpoint import CheckpointError, load_tokenizer, load_weights, resolve, save_model
 from llm_mlp.config import ConfigError, TrainConfig, dump
 from llm_mlp.data import Batch, Dataset, Loader, held_out_batches, prepare
-from llm_mlp.device import pick_device
+from llm_mlp.data.loader import IGNORED
 from llm_mlp.eval.text import TextScore, score_batches
 from llm_mlp.models import LM, build_model
-from llm_mlp.models.capture import CapturedGradients
 from llm_mlp.ops import debug_checks
 from llm_mlp.precision import Precision
 from llm_mlp.train import snapshot
-from llm_mlp.train.console import Console, read_metrics
-from llm_mlp.train.optim import make_optimizers, set_rate
-from llm_mlp.train.schedule import rate_factor
+from llm_mlp.train.average import Averages
+from llm_mlp.train.console import Console, read_lines, read_metrics
+from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
+from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
+from llm_mlp.train.meter import Meter
+from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
+from llm_mlp.train.parallel import World, Wrapped, open_world, squared_norm, whole
+from llm_mlp.train.schedule import decay_factor, momentum_at, rate_factor, warmup_steps
 
 log = logging.getLogger("llm_mlp.train")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and the samples."""
 
 
 @dataclass
@@ -54,6 +54,12 @@ class TrainResult:
     interrupted: bool = False
     curve: list[tuple[int, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    averages: dict[str, float] = field(default_factory=dict)  # held-out loss of each average, at the end
+    actions: list[Action] = field(default_factory=list)
+    sent_bytes: int = 0  # gradients on the wire, of this process
+    plain_bytes: int = 0  # what they would have been uncompressed
+    collectives: int = 0  # that the loop asked for itself
+    joules: float | None = None
 
 
 class _Stop:
@@ -93,8 +99,11 @@ def train(
 ) -> TrainResult:
     """Train a model as ``config`` says, in the folder ``config.out``.
 
+    Started by torchrun, every process calls it; `config.parallel` says how they share the work, the first one writes.
+
     Args:
-        resume: continue from the last checkpoint in ``config.out``; on a CPU bit for bit.
+        resume: continue from the last checkpoint in ``config.out``, also on another number of processes; on a CPU with
+            the same number bit for bit.
         init_from: a checkpoint whose weights and tokenizer to start from.
         quiet: no progress bar.
         stop_after: leave after this step with a checkpoint, as Ctrl-C does.
@@ -103,53 +112,35 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError: what is asked for cannot be done.
         TrainingError: a NaN or infinite loss or gradient under ``on_nan: stop``.
+        RankError: another process of the run failed or died.
     """
-    run = Path(config.out)
     if resume and init_from:
         raise ConfigError("--resume continues a run's own weights; it cannot be combined with --init-from")
     if stop_after is not None and not 1 <= stop_after <= config.steps:
         raise ConfigError(f"--stop-after {stop_after}: expected a step from 1 to steps = {config.steps}")
-    device = pick_device(config.device)
+    with open_world(config.parallel, config.device) as world:
+        _check(config, world)
+        run = _Run(config, world, resume, init_from, quiet, stop_after, on_step)
+        return run.go()
+
+
+def _check(config: TrainConfig, world: World) -> None:
+    """What needs the processes and their devices to be known."""
+    device = world.device
     if config.compile and device.type == "cpu":
         _need_compiler()
-    if config.cuda_graph and device.type != "cuda":
-        raise ConfigError(f"cuda_graph: true needs a CUDA device; this run is on {device}")
+    if config.cuda_graph and (device.type != "cuda" or world.size > 1):
+        raise ConfigError(
+            f"cuda_graph: true needs a CUDA device and one process; this run is on {device} with {world.size}"
+        )
+    per = world.per_rank(config.batch_size)
+    if config.micro_batch not in (0, "auto") and per % int(config.micro_batch):
+        raise ConfigError(
+            f"micro_batch = {config.micro_batch} does not divide the {per} sequences that each of the "
+            f"{world.data_size} readers takes of batch_size = {config.batch_size}"
+        )
     if device.type == "cpu":
         keep_freed_memory()
-    last = snapshot.checkpoints(run)
-    if resume and not last:
-        raise CheckpointError(f"{run}: no checkpoint to resume from")
-    if last and not resume:
-        raise CheckpointError(
-            f"{run}: already holds a run ({last[-1].name}); continue it with --resume or choose another --out"
-        )
-    start_from = last[-1] if resume else resolve(init_from) if init_from else None
-    tokenizer = load_tokenizer(start_from) if start_from else None
-    dataset = prepare(config.data, tokenizer=tokenizer, progress=not quiet)
-    if dataset.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
-            f"{dataset.tokenizer.vocab_size} tokens"
-        )
-    model = build_model(config.model, seed=config.seed, device=device)
-    model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model, config.optimizer)
-    loader = Loader(dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
-    torch.manual_seed(config.seed)
-    progress = snapshot.Progress()
-    if resume:
-        progress = snapshot.restore(last[-1], config, model, optimizers)
-        loader.load_state_dict(progress.loader)
-        if stop_after is not None and stop_after <= progress.step:
-            raise ConfigError(f"--stop-after {stop_after}: the run is already at step {progress.step}")
-    elif init_from:
-        load_weights(model, resolve(init_from) / "model.safetensors")
-    if config.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(dump(config), encoding="utf8")
-    return _Run(config, run, device, model, dataset, loader, optimizers, progress, stop_after, on_step).go(quiet)
 
 
 def _need_compiler() -> None:
@@ -160,81 +151,186 @@ def _need_compiler() -> None:
         )
 
 
+GIVE_UP = 100  # refused steps in a row that end a run
+
+
 class _Run:
     """One run's parts; `go` is the loop."""
 
     def __init__(
         self,
         config: TrainConfig,
-        run: Path,
-        device: torch.device,
-        model: LM,
-        dataset: Dataset,
-        loader: Loader,
-        optimizers: list[torch.optim.Optimizer],
-        progress: snapshot.Progress,
+        world: World,
+        resume: bool,
+        init_from: str | Path | None,
+        quiet: bool,
         stop_after: int | None,
         on_step: Callable[[int, float], None] | None,
     ) -> None:
-        self.config, self.run, self.device, self.model, self.dataset = config, run, device, model, dataset
-        self.loader, self.optimizers, self.progress = loader, optimizers, progress
-        self.stop_after, self.on_step = stop_after, on_step
-        self.precision = Precision(config.precision, device)
-        if progress.scaler:
-            self.precision.scaler.load_state_dict(progress.scaler)
-        self.result = TrainResult(run, progress.step, 0, 0.0, 0.0, math.nan, math.nan, 0)
-        # Made with the first batch, when the model is where it stays.
-        self._captured: CapturedGradients | None = None
-        self._times: list[float] = []
+        self.config, self.world, self.device = config, world, world.device
+        self.run = Path(config.out)
+        self.stop_after, self.on_step, self.quiet = stop_after, on_step, quiet or not world.main
+        last = snapshot.checkpoints(self.run)
+        if resume and not last:
+            raise CheckpointError(f"{self.run}: no checkpoint to resume from")
+        if last and not resume:
+            raise CheckpointError(
+                f"{self.run}: already holds a run ({last[-1].name}); continue it with --resume or choose another --out"
+            )
+        start_from = last[-1] if resume else resolve(init_from) if init_from else None
+        tokenizer = load_tokenizer(start_from) if start_from else None
+        self.dataset: Dataset = world.first(lambda: prepare(config.data, tokenizer=tokenizer, progress=not self.quiet))
+        if self.dataset.tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
+                f"{self.dataset.tokenizer.vocab_size} tokens"
+            )
+        self.model: LM = build_model(config.model, seed=config.seed, device=self.device)
+        if init_from:
+            load_weights(self.model, resolve(init_from) / "model.safetensors")
+        self.model.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.wrapped = Wrapped(self.model, world)
+        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.averages = Averages(self.model, config.average)
+        self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
+        self.precision = Precision(config.precision, self.device)
+        self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
+        momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
+        self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
+        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world)
+        self.progress = snapshot.Progress(batch_size=config.batch_size)
+        self.replay: Replay | None = None
+        if resume:
+            self._resume(last[-1])
+        self.gradients = Gradients(config, self.wrapped, self.loader, self.precision, self.progress, self._act)
+        self.gradients.after_out_of_memory()
+        per = world.per_rank(self.progress.batch_size)
+        if config.micro_batch != "auto":
+            self.progress.micro_batch = self.progress.micro_batch or config.micro_batch or per
+        torch.manual_seed(config.seed)
+        self.result = TrainResult(self.run, self.progress.step, 0, 0.0, 0.0, math.nan, math.nan, 0)
+        self._rate = 0.0  # of the last step
+        self._times: list[tuple[float, int]] = []  # seconds and tokens of each step
         self._best = False  # whether the last evaluation was the best so far
-        self._saved_at = progress.step if progress.step else -1
+        self._saved_at = self.progress.step if self.progress.step else -1
+        if world.main:
+            self.run.mkdir(parents=True, exist_ok=True)
+            (self.run / "config.yaml").write_text(dump(config), encoding="utf8")
+        self.console = Console(self.run, config, self.progress.step, self.quiet, main=world.main)
 
-    def go(self, quiet: bool) -> TrainResult:
-        config, result = self.config, self.result
+    def _resume(self, folder: Path) -> None:
+        self.progress = snapshot.restore(folder, self.config, self.parts)
+        self.loader.load_state_dict(self.progress.loader)
+        if self.progress.scaler:
+            self.precision.scaler.load_state_dict(self.progress.scaler)
+        if self.stop_after is not None and self.stop_after <= self.progress.step:
+            raise ConfigError(f"--stop-after {self.stop_after}: the run is already at step {self.progress.step}")
+        for controller in self._kept():
+            if controller.name in self.progress.controllers:
+                controller.load_state_dict(self.progress.controllers[controller.name])
+        if self.config.micro_batch != "auto" and self.config.micro_batch:
+            self.progress.micro_batch = int(self.config.micro_batch)
+        if self.progress.world_size != self.world.size:
+            # Sums over other processes round differently, noise is measured over other parts: what was decided stands.
+            self.replay = Replay(a for a in read_lines(self.run / "actions.jsonl") if a["step"] > self.progress.step)
+            self.progress.micro_batch = 0 if self.config.micro_batch == 0 else self.progress.micro_batch
+            log.info(
+                "continued on %d processes instead of %d; %s",
+                self.world.size,
+                self.progress.world_size,
+                f"actions up to step {self.replay.until} are repeated as recorded"
+                if self.replay.until
+                else "no action is on record after this step",
+            )
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def go(self) -> TrainResult:
+        config, result, progress = self.config, self.result, self.progress
+        total = config.steps * config.batch_size
         checks: AbstractContextManager = debug_checks() if config.debug_checks else nullcontext()
-        console = Console(self.run, config, self.progress.step, quiet)
-        with console, _Stop() as stop, checks:
+        with self.console as console, _Stop() as stop, checks, Meter(config, self.device, self.world.size) as meter:
+            if self.config.micro_batch == "auto" and not progress.micro_batch:
+                self.gradients.find_micro_batch()
             self.model.train()
-            for step in range(self.progress.step, config.steps):
+            while self.loader.sample < total:
                 started = time.perf_counter()
-                loss, norm = self._step(step)
+                metrics, stopping = self._step(min(progress.batch_size, total - self.loader.sample), stop.asked)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                self._times.append(time.perf_counter() - started)
-                self.progress.step = result.steps = step + 1
-                result.loss = loss
-                result.curve.append((step + 1, loss))
-                rate = config.optimizer.lr * rate_factor(config.schedule, step, config.steps)
-                speed = config.batch_size * config.data.seq_len / self._times[-1]
-                console.step(step + 1, {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed})
+                tokens = metrics.batch_size * config.data.seq_len
+                self._times.append((time.perf_counter() - started, tokens))
+                step = result.steps = metrics.step
+                result.loss = metrics.loss
+                result.curve.append((step, metrics.loss))
+                self._control(metrics)
+                console.step(step, self.loader.sample / config.batch_size, self._shown(metrics, meter))
                 if self.on_step:
-                    self.on_step(step + 1, loss)
-                done = step + 1 == config.steps
-                if done or _due(config.evaluation.every, step + 1):
-                    self._evaluate(step + 1, console)
-                if stop.asked or step + 1 == self.stop_after:
+                    self.on_step(step, metrics.loss)
+                done = self.loader.sample >= total
+                if done or _due(config.evaluation.every, step):
+                    self._evaluate(step)
+                # Several processes have to know of each other's wish: they learn of it in the next step's exchange.
+                if stopping or step == self.stop_after or (stop.asked and self.world.size == 1):
                     result.interrupted = not done
-                if done or result.interrupted or _due(config.checkpoint.every, step + 1):
+                if done or result.interrupted or _due(config.checkpoint.every, step):
                     self._save()
                 if result.interrupted:
-                    console.say(f"stopped at step {step + 1}; continue with --resume")
+                    console.say(f"stopped at step {step}; continue with --resume")
                     break
+            result.joules = meter.joules()
         self._finish()
         return result
 
+    def _shown(self, m: Metrics, meter: Meter) -> dict[str, float | None]:
+        seconds, tokens = self._times[-1]
+        noise = next((c.scale for c in self.controllers if isinstance(c, BatchNoise)), None)
+        values: dict[str, float | None] = {
+            "loss": m.loss,
+            "lr": self._rate,
+            "grad_norm": m.grad_norm,
+            "tokens_per_second": tokens / seconds,
+            "batch_size": m.batch_size,
+            "sample": self.loader.sample,
+            "noise_scale": noise,  # None: unavailable
+        }
+        return values | {f"factor/{k}": v for k, v in self.progress.factors.items()} | meter.read(seconds, tokens)
+
     def _finish(self) -> None:
-        result, config = self.result, self.config
-        result.seconds = sum(self._times)
-        result.tokens = len(self._times) * config.batch_size * config.data.seq_len
-        settled = sorted(self._times[5:] or self._times)
+        result = self.result
+        result.seconds = sum(seconds for seconds, _ in self._times)
+        result.tokens = sum(tokens for _, tokens in self._times)
+        settled = sorted(tokens / seconds for seconds, tokens in self._times[5:] or self._times)
         if settled:
-            result.tokens_per_second = config.batch_size * config.data.seq_len / settled[len(settled) // 2]
+            result.tokens_per_second = settled[len(settled) // 2]
         if self.device.type == "cuda":
             result.memory = torch.cuda.max_memory_allocated(self.device)
+        sent = self.wrapped.communication
+        result.sent_bytes, result.plain_bytes, result.collectives = (
+            sent.sent_bytes,
+            sent.plain_bytes,
+            self.world.collectives,
+        )
         if not self._times:
             self._recall()
         if not result.interrupted and (self._times or not (self.run / "model").is_dir()):
-            save_model(self.run / "model", self.model, self.dataset.tokenizer)
+            self._export()
+
+    def _export(self) -> None:
+        """The finished model, and its averages, each as a folder of its own."""
+        names = [name for name, _ in self.model.named_parameters()]
+        weights = {"model": snapshot.full_weights(self.model)}
+        for kind, values in self.averages.values().items():
+            own = {name: whole(t).cpu() for name, t in zip(names, values, strict=True)}
+            weights[f"model-{kind}"] = weights["model"] | own
+        if self.world.main:
+            for name, tensors in weights.items():
+                save_model(self.run / name, self.model, self.dataset.tokenizer, tensors)
+        self.world.barrier()
 
     def _recall(self) -> None:
         """Nothing was left to do: the result is what the run had come to."""
@@ -245,134 +341,196 @@ class _Run:
             else:
                 self.result.loss = line["loss"]
 
-    def _step(self, step: int) -> tuple[float, float]:
-        """One optimizer step; returns the mean loss and the gradient norm before clipping."""
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, batch_size: int, asked: bool) -> tuple[Metrics, bool]:
+        """One optimizer step on the next ``batch_size`` samples; and whether a process was asked to stop."""
         config, scaler = self.config, self.precision.scaler
-        first = self.loader.state_dict()["sample"]
-        micro = config.micro_batch or config.batch_size
-        batches = [self.loader.samples(first + i, micro) for i in range(0, config.batch_size, micro)]
-        counted = sum(int((b.targets >= 0).sum()) for b in batches)
-        set_rate(self.optimizers, config.optimizer.lr * rate_factor(config.schedule, step, config.steps))
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            total += self._gradients(batch, 1 / max(1, counted))
+        first, step = self.loader.sample, self.progress.step + 1
+        # Schedules go by samples: how many steps of the configured batch size they make.
+        place = first / config.batch_size
+        if config.model.dropout:
+            torch.manual_seed(_mixed(config.seed, step, self.world.rank))
+        factor = max(math.prod(self.progress.factors.values()), config.control.min_factor)
+        self._rate = config.optimizer.lr * rate_factor(config.schedule, place, config.steps) * factor
+        decay = decay_factor(config.schedule, place, config.steps)
+        momentum = momentum_at(config.schedule, config.optimizer.momentum, place)
+        set_rates(self.optimizers, self._rate, decay, momentum)
+        sums, counted = self.gradients.of(first, batch_size, step)
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
-        limit = config.optimizer.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        mean, size = float(total), float(norm)
-        self.loader.load_state_dict({**self.loader.state_dict(), "sample": first + config.batch_size})
-        good = math.isfinite(mean) and math.isfinite(size)
-        overflow = scaler.is_enabled() and math.isfinite(mean) and not good
+        limit = clip_limit(config.optimizer, self.parameters)
+        size = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        # One exchange for all that the processes have to agree on.
+        sums = self.world.sum(torch.cat([sums, sums.new_tensor([float(asked)])]))
+        loss, part_squares, parts, part_size, stopping = sums.tolist()
+        self.loader.load_state_dict({**self.loader.state_dict(), "sample": first + batch_size})
+        tensors = momentum_tensors(self.optimizers) if config.control.rate_from_gradients else []
+        metrics = Metrics(
+            step,
+            loss / max(1, counted),
+            size,
+            batch_size,
+            warm=place >= warmup_steps(config.schedule, config.steps),
+            momentum_norm=math.sqrt(squared_norm(tensors)) if tensors else None,
+            clipped_norm=min(size, limit),
+            micro_norm_squared=part_squares / parts if parts else None,
+            micro_size=round(part_size / parts) if parts else None,
+        )
+        self._apply_step(metrics, range(first, first + batch_size))
+        self.progress.step = step
+        return metrics, stopping > 0
+
+    def _apply_step(self, m: Metrics, samples: range) -> None:
+        """Let the optimizers step unless the guard objects; gradients are cleared either way."""
+        scaler = self.precision.scaler
+        overflow = scaler.is_enabled() and math.isfinite(m.loss) and not math.isfinite(m.grad_norm)
+        objection = None if overflow else self.guard.objection(m)
         if overflow:
-            log.info("step %d: fp16 gradients overflowed; the loss scale falls, the step is skipped", step + 1)
-        elif not good:
-            self._bad_step(step, mean, size, batches)
+            log.info("step %d: fp16 gradients overflowed; the loss scale falls, the step is skipped", m.step)
+        elif objection:
+            self._refuse(m, samples, objection)
         for optimizer in self.optimizers:
-            if good or overflow:
+            if objection is None:
                 scaler.step(optimizer)  # after an overflow it does nothing but remember
-            if self._captured is None:
-                optimizer.zero_grad(set_to_none=True)
-        if self._captured is not None:
-            self._captured.clear()
+        self.gradients.forget()
         scaler.update()
-        return mean, size
+        if objection is None and not overflow:
+            self.averages.update()
 
-    def _gradients(self, batch: Batch, scale: float) -> Tensor:
-        """Adds a micro-batch's gradients; its summed loss times ``scale``."""
-        if self.config.cuda_graph:
-            if self._captured is None:
-                rows, length = batch.tokens.shape
-                self._captured = CapturedGradients(self.model, rows, length, self.precision.autocast)
-            return self._captured(batch.tokens, batch.targets, scale)
-        loss = self._loss(batch) * scale
-        self.precision.scaler.scale(loss).backward()
-        return loss.detach()
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a micro-batch; streams carry their state on."""
-        state = self._carried_in(batch) if batch.carried is not None else None
-        with self.precision.autocast():
-            out = self.model(
-                batch.tokens.to(self.device, non_blocking=True),
-                state,
-                batch.cu_seqlens,
-                targets=batch.targets.to(self.device, non_blocking=True),
-                reduction="sum",
-            )
-        if batch.last is not None:
-            self._carry_out(batch, out.state)
-        return out.loss
-
-    def _carried_in(self, batch: Batch) -> dict[str, Tensor]:
-        """State of the batch's packed sequences: that of the stream a sequence continues, else an empty one."""
-        assert batch.carried is not None
-        compute = self.precision.dtype or next(self.model.parameters()).dtype
-        # Rows: the streams' states, then one empty state for sequences that start afresh.
-        pool = self.model.init_state(self.config.batch_size + 1, dtype=compute)
-        for name, saved in self.progress.carried.items():
-            pool[name][: saved.shape[0]] = saved.to(pool[name].dtype)
-        fresh = self.config.batch_size
-        rows = torch.tensor([fresh if stream < 0 else stream for stream in batch.carried], device=self.device)
-        return {name: t.index_select(0, rows) for name, t in pool.items()}
-
-    def _carry_out(self, batch: Batch, state: dict[str, Tensor]) -> None:
-        assert batch.last is not None
-        for stream, sequence in enumerate(batch.last):
-            if sequence < 0:
-                continue
-            for name, t in state.items():
-                if name not in self.progress.carried:
-                    self.progress.carried[name] = t.new_zeros((self.config.batch_size, *t.shape[1:]))
-                self.progress.carried[name][stream] = t[sequence].detach()
-
-    def _bad_step(self, step: int, loss: float, norm: float, batches: list[Batch]) -> None:
-        samples = [i for b in batches for i in b.sample_ids]
-        what = f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {samples[0]} to {samples[-1]}"
-        if self.config.on_nan == "stop":
+    def _refuse(self, m: Metrics, samples: range, why: str) -> None:
+        """The step is left out, on all processes alike: they hold the same metrics."""
+        what = (
+            f"step {m.step}: loss {m.loss:.4g}, gradient norm {m.grad_norm:.4g}; samples {samples[0]} to {samples[-1]}"
+        )
+        finite = math.isfinite(m.loss) and math.isfinite(m.grad_norm)
+        if not finite and self.config.on_nan == "stop":
             raise TrainingError(
                 f"{what}. Nothing of this step was applied; the last checkpoint stands. Lower optimizer.lr, or set "
                 "on_nan: skip to leave such steps out"
             )
-        log.warning("%s: step skipped", what)
-        self.progress.skipped.append(step + 1)
+        if self.guard.refused >= GIVE_UP:
+            raise TrainingError(f"{what}. The last {GIVE_UP} steps were all refused; nothing of them was applied")
+        log.warning("%s: step skipped (%s); its samples are in quarantine.jsonl", what, why)
+        self.progress.skipped.append(m.step)
+        self.console.write(
+            "quarantine",
+            {
+                "step": m.step,
+                "first_sample": samples[0],
+                "last_sample": samples[-1],
+                "loss": m.loss,
+                "grad_norm": m.grad_norm,
+                "why": why,
+            },
+        )
+        if not finite:  # a stream whose state is lost starts afresh, or it would spoil every step to come
+            for t in self.progress.carried.values():
+                for row in t:
+                    if not bool(row.isfinite().all() | (row == -math.inf).any()):
+                        row.zero_()
 
-    def _evaluate(self, step: int, console: Console) -> TextScore | None:
-        config = self.config
+    # -- control, evaluation, checkpoints --------------------------------------------------------------------------
+
+    def _control(self, m: Metrics) -> None:
+        found = [action for controller in self.controllers for action in controller.observe(m)]
+        if self.replay is not None and m.step <= self.replay.until:
+            found = [a for a in self.replay.at(m.step) if a.what != "micro_batch"]
+        for action in found:
+            self._act(action)
+
+    def _act(self, action: Action) -> None:
+        """Apply an action, and say so."""
+        if action.what in ("gradient_factor", "loss_factor"):
+            self.progress.factors[action.what] = action.value
+        elif action.what == "batch_size":
+            self.progress.batch_size = int(action.value)
+        log.warning(
+            "step %d: %s: %s = %g (%s)", action.step, action.controller, action.what, action.value, action.reason
+        )
+        self.result.actions.append(action)
+        self.console.write("actions", action.as_dict())
+
+    def _kept(self) -> list[Any]:
+        """What has a state among the controllers' in a checkpoint."""
+        return [self.guard, *self.controllers]
+
+    def _evaluate(self, step: int) -> None:
+        console = self.console
         if not any(len(data.tokens) for data in self.dataset.held_out):
             console.say("no held-out documents: no evaluation")
-            return None
-        batch = config.micro_batch or config.batch_size
-        batches = held_out_batches(
-            self.dataset, seq_len=config.data.seq_len, batch_size=batch, max_tokens=config.evaluation.tokens
+            return
+        score = self._score()
+        values = {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        for name, weights in self.averages.values().items():
+            with self.averages.in_place(weights):
+                other = self._score()
+            self.result.averages[name] = other.loss
+            values |= {f"held_out_loss_{name}": other.loss, f"bits_per_byte_{name}": other.bits_per_byte}
+        self.result.bits_per_byte = score.bits_per_byte
+        self.result.evaluations.append((step, score.loss))
+        console.evaluation(step, values)
+        self._best = score.loss < self.progress.best_loss
+        self.progress.best_loss = min(self.progress.best_loss, score.loss)
+
+    def _score(self) -> TextScore:
+        """Of the held-out documents, each process a part of them."""
+        config, world = self.config, self.world
+        found = held_out_batches(
+            self.dataset,
+            seq_len=config.data.seq_len,
+            batch_size=self.progress.micro_batch or config.batch_size,
+            max_tokens=config.evaluation.tokens,
         )
+        every = list(found) if world.size > 1 else found
+        batches: Iterable[tuple[Batch, int]] = every
+        if world.size > 1:
+            assert isinstance(every, list)
+            # Sharded weights are gathered by all together: each process reads equally many batches.
+            rounds = -(-len(every) // world.size)
+            own = range(world.rank, rounds * world.size, world.size)
+            batches = [every[n] if n < len(every) else _uncounted(every[0]) for n in own]
         # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             score = score_batches(self.model, batches, self.precision)
-        self.result.bits_per_byte = score.bits_per_byte
-        self.result.evaluations.append((step, score.loss))
-        console.evaluation(step, {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte})
-        self._best = score.loss < self.progress.best_loss
-        self.progress.best_loss = min(self.progress.best_loss, score.loss)
-        return score
+        if world.size == 1:
+            return score
+        sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)
+        tokens, size, nats = world.sum(sums).tolist()
+        return TextScore(round(tokens), round(size), nats)
 
     def _save(self) -> None:
-        if self._saved_at == self.progress.step:
+        progress = self.progress
+        if self._saved_at == progress.step:
             return
-        self._saved_at = self.progress.step
-        self.progress.loader = self.loader.state_dict()
-        self.progress.scaler = self.precision.scaler.state_dict()
+        self._saved_at = progress.step
+        progress.loader = self.loader.state_dict()
+        progress.scaler = self.precision.scaler.state_dict()
+        progress.controllers = {c.name: c.state_dict() for c in self._kept()}
         snapshot.save(
             self.run,
             self.config,
-            self.model,
+            self.parts,
             self.dataset.tokenizer,
-            self.optimizers,
-            self.progress,
+            progress,
+            sharded=self.wrapped.sharded,
             best=self._best,
         )
         self._best = False
+        if self.world.main:
+            (self.run / OUT_OF_MEMORY).unlink(missing_ok=True)
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _uncounted(pair: tuple[Batch, int]) -> tuple[Batch, int]:
+    """The batch with no target that counts."""
+    batch, _ = pair
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORED)), 0
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))

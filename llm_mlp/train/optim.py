@@ -1,20 +1,24 @@
 """Muon for matrices with AdamW for the rest, or AdamW alone.
 
-Muon (Jordan 2024; scaled to AdamW's root mean square as in arXiv 2502.16982) orthogonalises a whole logical matrix.
-Fused weights are cut at their seams first (q, k, v and each gate are matrices of their own) and per-group weights
-[G, R, F] are G matrices. Embedding, head, vectors, convolutions and matrices with a side below 32 go to AdamW.
+Muon (Jordan 2024; scaled to AdamW's root mean square as in arXiv 2502.16982) orthogonalises a whole logical matrix,
+gathered where it is sharded. Fused weights are cut at their seams first (q, k, v and each gate are matrices of their
+own) and per-group weights [G, R, F] are G matrices. Embedding, head, vectors, convolutions and matrices with a side
+below 32 go to AdamW.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_mlp.config import OptimizerConfig
 from llm_mlp.models import LM
+from llm_mlp.train.parallel import like, whole
 
 MUON_SIDE = 32  # smallest side of a matrix that Muon takes
 
@@ -47,6 +51,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             # Matrices of one shape are orthogonalised as one batch.
             shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            sharded: list[tuple[Tensor, Tensor]] = []
             for p, rows in zip(group["params"], group["rows"], strict=True):
                 if p.grad is None:
                     continue
@@ -56,15 +61,27 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                parts = (p.split(rows), update.split(rows)) if rows else ([p], [update])
-                if p.ndim == 3:
-                    parts = (p.unbind(0), update.unbind(0))
-                for own, change in zip(*parts, strict=True):
+                target: Tensor = p
+                if isinstance(p, DTensor):
+                    # The whole matrix is needed: it is gathered, every process computes the change and keeps its shard.
+                    update = whole(update)
+                    target = torch.zeros_like(update)
+                    sharded.append((p, target))
+                for own, change in zip(_matrices(target, rows), _matrices(update, rows), strict=True):
                     shapes[own.shape[-2], own.shape[-1]].append((own, change))
             for (r, c), pairs in shapes.items():
                 change = newton_schulz(torch.stack([u for _, u in pairs]))
                 scale = -group["lr"] * 0.2 * max(r, c) ** 0.5
                 torch._foreach_add_([own for own, _ in pairs], list(change.unbind(0)), alpha=scale)
+            for p, target in sharded:
+                p.add_(like(target, p))
+
+
+def _matrices(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The logical matrices of a weight, as views."""
+    if weight.ndim == 3:
+        return weight.unbind(0)
+    return weight.split(rows) if rows else (weight,)
 
 
 def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -101,14 +118,31 @@ def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Opti
     fused_kernel = next(model.parameters()).is_cuda
     optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel))
     held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["decay"] = group["weight_decay"]  # what `set_rates` scales
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters())), "every parameter once"
     return optimizers
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, decay_factor: float, momentum: float) -> None:
+    """The rate, the weight decay as a factor of the configured one, and Muon's momentum, for the next step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
+            group["weight_decay"] = group["decay"] * decay_factor
+            if "momentum" in group:
+                group["momentum"] = momentum
+
+
+def clip_limit(config: OptimizerConfig, parameters: int) -> float:
+    """The gradient norm above which is clipped; infinite without clipping.
+
+    ``clip_scale: size``: the norm of independent gradients grows as the root of their number; ``clip`` is for 100 M.
+    """
+    if not config.clip:
+        return math.inf
+    return config.clip * (math.sqrt(parameters / 1e8) if config.clip_scale == "size" else 1.0)
 
 
 def optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -122,8 +156,13 @@ def optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer]) -> dic
     }
 
 
-def load_optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`.
+def load_optimizer_tensors(
+    model: LM,
+    optimizers: list[torch.optim.Optimizer],
+    tensors: dict[str, Tensor],
+    into: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """The inverse of `optimizer_tensors`; ``into(stored, parameter)``: what of a stored tensor belongs here.
 
     Raises:
         KeyError: a name that is no parameter of the model.
@@ -133,6 +172,29 @@ def load_optimizer_tensors(model: LM, optimizers: list[torch.optim.Optimizer], t
     for full, value in tensors.items():
         name, _, key = full.rpartition("/")
         p = parameters[name]
-        # AdamW keeps its step count on the CPU unless fused; everything else lives with the parameter.
-        on = p.device if key != "step" or owner[id(p)].defaults.get("fused") else torch.device("cpu")
-        owner[id(p)].state[p][key] = value.to(on)
+        if key == "step":  # AdamW counts on the CPU unless fused
+            on = p.device if owner[id(p)].defaults.get("fused") else torch.device("cpu")
+            owner[id(p)].state[p][key] = value.to(on)
+        else:  # everything else lives with the parameter
+            owner[id(p)].state[p][key] = into(value.to(p.device), p)
+
+
+@torch.no_grad()
+def empty_state(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Make the state that the first step would make, all zero, for a checkpoint to fill."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if isinstance(optimizer, Muon):
+                    optimizer.state[p] = {"momentum": torch.zeros_like(p)}
+                else:
+                    on = p.device if optimizer.defaults.get("fused") else torch.device("cpu")
+                    state = {"step": torch.zeros((), dtype=torch.float32, device=on)}
+                    optimizer.state[p] = state | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+
+
+def momentum_tensors(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
+    """The running means of the gradients; empty before the first step."""
+    return [
+        state[key] for o in optimizers for state in o.state.values() for key in ("momentum", "exp_avg") if key in state
+    ]

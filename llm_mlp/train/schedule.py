@@ -12,8 +12,8 @@ def warmup_steps(config: ScheduleConfig, steps: int) -> int:
     return min(config.warmup, steps // 10)
 
 
-def rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Factor of the peak rate at ``step`` (0-based) of ``steps``.
+def rate_factor(config: ScheduleConfig, step: float, steps: int) -> float:
+    """Factor of the peak rate at ``step`` (0-based; between two where the batch size has changed) of ``steps``.
 
     Warm-up is linear. ``cosine`` and ``linear`` fall from its end (linear: over the last ``decay`` share of the run)
     to ``final``; ``wsd`` (warm-up, stable, decay; arXiv 2405.18392) falls as 1 - sqrt over the last ``decay`` share.
@@ -29,3 +29,16 @@ def rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
         left = min(1.0, (steps - step) / (config.decay * steps))
         fall = left if config.kind == "linear" else 1 - math.sqrt(1 - left)
     return min(rise, config.final + (1 - config.final) * fall)
+
+
+def decay_factor(config: ScheduleConfig, step: float, steps: int) -> float:
+    """Factor of the configured weight decay at ``step``."""
+    return rate_factor(config, step, steps) if config.weight_decay == "rate" else 1.0
+
+
+def momentum_at(config: ScheduleConfig, momentum: float, step: float) -> float:
+    """Muon's momentum at ``step``: it rises from 0.85 over ``momentum_warmup`` steps (or from itself, if lower)."""
+    if not config.momentum_warmup:
+        return momentum
+    low = min(0.85, momentum)
+    return low + (momentum - low) * min(1.0, step / config.momentum_warmup)

@@ -1,7 +1,9 @@
 """Checkpoints of a run: saved atomically, the last k and the best kept, resumed exactly.
 
-A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state keyed by
-parameter name, carried stream states, random number state) and ``training.json`` (step, sample index, config).
+A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
+keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config). A run
+whose weights are sharded writes ``shards/`` instead of the two tensor files: safetensors by torch's distributed
+checkpointing, which any number of processes can read. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,14 +35,17 @@ from llm_mlp.checkpoint import (
 from llm_mlp.config import ConfigError, TrainConfig, build, diff
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
-from llm_mlp.train.optim import load_optimizer_tensors, optimizer_tensors
+from llm_mlp.train.average import Averages
+from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
+from llm_mlp.train.parallel import World, like, whole
 
 log = logging.getLogger("llm_mlp.train")
 
 _NAME = re.compile(r"^step-(\d+)$")
 # What may differ on resume without changing the steps that are left.
-_FREE = ("out", "log_every", "device", "compile", "debug_checks", "data.cache_dir", "data.prepared")
-_FREE_PREFIXES = ("evaluation.", "checkpoint.")
+_FREE = ("out", "log_every", "device", "compile", "debug_checks", "data.cache_dir", "data.prepared", "micro_batch")
+_FREE_PREFIXES = ("evaluation.", "checkpoint.", "parallel.")
+SHARDS = "shards"
 
 
 @dataclass
@@ -48,9 +55,24 @@ class Progress:
     step: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
     best_loss: float = float("inf")
-    skipped: list[int] = field(default_factory=list)  # steps the NaN guard skipped
+    skipped: list[int] = field(default_factory=list)  # steps that were not applied
     scaler: dict[str, Any] = field(default_factory=dict)
-    carried: dict[str, Tensor] = field(default_factory=dict)  # state of the streams
+    batch_size: int = 0  # sequences a step, now
+    micro_batch: int = 0  # sequences a forward pass of a process, now
+    factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by action
+    controllers: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    carried: dict[str, Tensor] = field(default_factory=dict)  # state of this process's streams
+
+
+@dataclass
+class Parts:
+    """What a checkpoint is made of besides `Progress`."""
+
+    model: LM
+    optimizers: list[torch.optim.Optimizer]
+    averages: Averages
+    world: World
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -60,38 +82,135 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path,
-    config: TrainConfig,
-    model: LM,
-    tokenizer: Tokenizer,
-    optimizers: list[torch.optim.Optimizer],
-    progress: Progress,
-    *,
-    best: bool,
+    run: Path, config: TrainConfig, parts: Parts, tokenizer: Tokenizer, progress: Progress, *, sharded: bool, best: bool
 ) -> Path:
-    """Write ``checkpoints/step-N`` and remove what is neither among the last k nor the best."""
+    """Write ``checkpoints/step-N`` and remove what is neither among the last k nor the best.
+
+    All processes call it; the main one writes what all share.
+
+    Raises:
+        CheckpointError, RankError: on every process, if one could not write; earlier checkpoints stand.
+    """
+    world = parts.world
     folder = run / "checkpoints" / f"step-{progress.step:07d}"
+    carried = _gathered(progress.carried, world)
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "step": progress.step,
+        "loader": progress.loader,
+        "best_loss": progress.best_loss if progress.best_loss < float("inf") else None,
+        "skipped": progress.skipped,
+        "scaler": progress.scaler,
+        "batch_size": progress.batch_size,
+        "micro_batch": progress.micro_batch,
+        "factors": progress.factors,
+        "controllers": progress.controllers,
+        "average": {"updates": parts.averages.updates, "points": len(parts.averages.points)},
+        "world_size": world.size,
+        "sharded": sharded,
+        "config": config.model_dump(mode="json"),
+    }
 
     def fill(temporary: Path) -> None:
-        write_model(temporary, model, tokenizer)
-        tensors = {f"optimizer/{k}": v for k, v in optimizer_tensors(model, optimizers).items()}
-        tensors |= {f"carried/{k}": v for k, v in progress.carried.items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available() and next(model.parameters()).is_cuda:
-            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        tensors = {f"carried/{k}": v for k, v in carried.items()}
+        if not sharded:
+            tensors |= _training_tensors(parts)
+        write_model(temporary, parts.model, tokenizer, weights=not sharded)
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "training.safetensors")
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "step": progress.step,
-            "loader": progress.loader,
-            "best_loss": progress.best_loss if progress.best_loss < float("inf") else None,
-            "skipped": progress.skipped,
-            "scaler": progress.scaler,
-            "config": config.model_dump(mode="json"),
-        }
         write_json(temporary / "training.json", facts)
+        if sharded:
+            _write_shards(temporary, parts)
 
-    write_folder(folder, fill)
+    if sharded:
+        _together(folder, fill, parts)
+    else:
+        _alone(world, lambda: write_folder(folder, fill), folder)
+    if world.main:
+        _tidy(run, config, folder, best)
+    return folder
+
+
+def _alone(world: World, write: Any, folder: Path) -> None:
+    """Only the main process writes, and all learn how it went."""
+    error = None
+    if world.main:
+        try:
+            write()
+        except CheckpointError as caught:
+            error = caught
+    world.agree(error, f"saving {folder}")
+
+
+def _together(folder: Path, fill: Any, parts: Parts) -> None:
+    """The main process makes the folder, all fill their shards into it, then it gets its name."""
+    world = parts.world
+    error: BaseException | None = None
+    if world.main:
+
+        def whole_fill(temporary: Path) -> None:
+            world.gather(str(temporary))
+            fill(temporary)
+
+        try:
+            write_folder(folder, whole_fill)
+        except (CheckpointError, dcp.CheckpointException) as caught:
+            error = caught
+    else:
+        temporary = Path(world.gather("")[0])
+        try:
+            _write_shards(temporary, parts)
+        except (OSError, dcp.CheckpointException, SafetensorError) as caught:
+            error = CheckpointError(f"{folder}: could not be saved ({_short(caught)}); earlier checkpoints stand")
+    world.agree(error, f"saving {folder}")
+
+
+def _short(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+
+
+def _training_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Optimizer state and averages, by name."""
+    found = {f"optimizer/{k}": v for k, v in optimizer_tensors(parts.model, parts.optimizers).items()}
+    return found | {f"average/{k}": v for k, v in parts.averages.tensors().items()}
+
+
+def _sharded_state(parts: Parts) -> dict[str, Tensor]:
+    model = {f"model/{k}": v.detach() for k, v in parts.model.state_dict().items()}
+    return model | _training_tensors(parts)
+
+
+def _write_shards(temporary: Path, parts: Parts) -> None:
+    """Every process its shards; read back before the folder may get its name."""
+    folder = temporary / SHARDS
+    state = _sharded_state(parts)
+    # Tensors only: one other entry would make the files unreadable.
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    if parts.world.main:
+        found = {key for path in folder.glob("*.safetensors") for key in _keys(path)}
+        if missing := sorted(state.keys() - found):
+            raise CheckpointError(f"{folder}: {missing[0]} was not written ({len(missing)} tensors in all)")
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _gathered(carried: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The streams' states of all processes, by stream, on the CPU."""
+    if world.data_size == 1 or not world.any(bool(carried)):
+        return carried
+    if missing := [r for r, names in enumerate(world.gather(sorted(carried))) if not names]:
+        raise CheckpointError(f"rank {missing[0]} carries no state of its streams")  # every step feeds every stream
+    out = {}
+    for name, own in sorted(carried.items()):
+        rows = [torch.empty_like(own) for _ in range(world.size)]
+        torch.distributed.all_gather(rows, own.contiguous())
+        out[name] = torch.cat(rows[:: world.config.context]).cpu()
+    return out
+
+
+def _tidy(run: Path, config: TrainConfig, folder: Path, best: bool) -> None:
     marker = run / "checkpoints" / "best.json"
     if best:
         temporary = marker.with_name(".best.json")
@@ -103,7 +222,6 @@ def save(
     for old in checkpoints(run):
         if old.name not in kept:
             shutil.rmtree(old)
-    return folder
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig, folder: Path) -> None:
@@ -126,31 +244,39 @@ def read_train_config(folder: Path) -> TrainConfig:
         raise CheckpointError(f"{folder / 'training.json'}: no usable config ({error})") from None
 
 
-def restore(folder: Path, config: TrainConfig, model: LM, optimizers: list[torch.optim.Optimizer]) -> Progress:
-    """Fill model, optimizers and random number generators from a checkpoint; the rest is returned.
+def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
+    """Fill model, optimizers and averages from a checkpoint, however many processes wrote it; the rest is returned.
 
     Raises:
         CheckpointError: incomplete, damaged or of another run.
     """
     facts = read_json(folder / "training.json")
     check_same_run(read_train_config(folder), config, folder)
-    load_weights(model, folder / "model.safetensors")
-    tensors = read_tensors(folder / "training.safetensors")
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "carried": {}, "rng": {}}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        parts.setdefault(kind, {})[rest] = tensor
-    device = next(model.parameters()).device
-    try:
-        load_optimizer_tensors(model, optimizers, parts["optimizer"])
-        torch.set_rng_state(parts["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in parts["rng"]:
-            torch.cuda.set_rng_state(parts["rng"]["cuda"])
-    except KeyError as error:
-        raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
     missing = {"step", "loader", "best_loss", "skipped", "scaler"} - facts.keys()
     if missing:
         raise CheckpointError(f"{folder / 'training.json'}: no {', '.join(sorted(missing))}; the file was edited")
+    average = facts.get("average", {"updates": 0, "points": 0})
+    parts.averages.updates = average["updates"]
+    kinds: dict[str, dict[str, Tensor]] = {"optimizer": {}, "average": {}, "carried": {}}
+    for name, tensor in read_tensors(folder / "training.safetensors").items():
+        kind, _, rest = name.partition("/")
+        kinds.setdefault(kind, {})[rest] = tensor
+    try:
+        if facts.get("sharded"):
+            _read_shards(folder, parts, average["points"])
+        else:
+            load_weights(parts.model, folder / "model.safetensors", into=like)
+            load_optimizer_tensors(parts.model, parts.optimizers, kinds["optimizer"], into=like)
+            _load_averages(parts.averages, kinds["average"], average["points"])
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
+    world, device = parts.world, parts.world.device
+    rows = slice(None)
+    if kinds["carried"] and world.data_size > 1:
+        per = len(next(iter(kinds["carried"].values()))) // world.data_size
+        rows = slice(world.data_rank * per, (world.data_rank + 1) * per)
+    if facts.get("world_size", 1) != world.size and config.parallel.compress == "powersgd":
+        log.info("PowerSGD starts with empty error buffers: they belonged to %d processes", facts.get("world_size", 1))
     best = facts["best_loss"]
     return Progress(
         step=facts["step"],
@@ -158,5 +284,44 @@ def restore(folder: Path, config: TrainConfig, model: LM, optimizers: list[torch
         best_loss=float("inf") if best is None else best,
         skipped=facts["skipped"],
         scaler=facts["scaler"],
-        carried={name: t.to(device) for name, t in parts["carried"].items()},
+        batch_size=facts.get("batch_size", config.batch_size),
+        micro_batch=facts.get("micro_batch", 0),
+        factors=facts.get("factors", {}),
+        controllers=facts.get("controllers", {}),
+        world_size=facts.get("world_size", 1),
+        carried={name: t[rows].to(device) for name, t in kinds["carried"].items()},
     )
+
+
+def _load_averages(averages: Averages, tensors: dict[str, Tensor], points: int) -> None:
+    averages.expected(points, any(name.startswith("ema/") for name in tensors))
+    for name, t in averages.tensors().items():
+        t.copy_(like(tensors[name].to(t.device), t))
+
+
+def _read_shards(folder: Path, parts: Parts, points: int) -> None:
+    """Read by torch's distributed checkpointing, each process its shards under the layout of now."""
+    path = folder / SHARDS
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: missing; {folder} is not a complete checkpoint")
+    try:
+        names = {key for file in sorted(path.glob("*.safetensors")) for key in _keys(file)}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors files ({error})") from None
+    empty_state(parts.optimizers)
+    parts.averages.expected(points, any(name.startswith("average/ema/") for name in names))
+    state = _sharded_state(parts)
+    if missing := sorted(state.keys() - names):
+        raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if foreign := sorted(names - state.keys()):
+        raise CheckpointError(f"{path}: tensor {foreign[0]!r} is foreign ({len(foreign)} in all)")
+    try:
+        with torch.no_grad():
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
+    except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
+
+
+def full_weights(model: LM) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, gathered where they are sharded (all processes must ask)."""
+    return {name: whole(t.detach()).cpu() for name, t in model.state_dict().items()}

@@ -13,7 +13,8 @@ from typing import Any
 from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, TrainConfig, build
 from llm_mlp.device import pick_device
-from llm_mlp.train.loop import TrainingError, train
+from llm_mlp.train.gradients import TrainingError
+from llm_mlp.train.loop import train
 
 OWN = "config"  # the name of the model that the config itself describes
 

@@ -1,0 +1,84 @@
+"""Gradients on the wire of data-parallel training: plain, in bfloat16, or by PowerSGD (arXiv 1905.13727)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+from torch.nn.parallel import DistributedDataParallel
+
+from llm_mlp.config import ParallelConfig
+
+log = logging.getLogger("llm_mlp.train")
+
+START = 2  # steps whose gradients travel whole before PowerSGD begins (DDP lays its buckets out anew after the first)
+
+
+class Communication:
+    """What DDP's gradient exchange sent, and how large each process's own gradient was.
+
+    ``sent_bytes`` of ``plain_bytes`` (what the gradients themselves would take) a process; both grow over a run.
+    """
+
+    def __init__(self) -> None:
+        self.sent_bytes = self.plain_bytes = self.exchanges = 0
+        self.measure = False
+        self._own: list[Tensor] = []
+        self._powersgd: powersgd.PowerSGDState | None = None
+
+    def register(self, model: DistributedDataParallel, config: ParallelConfig) -> None:
+        hook = {"none": self._plain, "bf16": self._bfloat16, "powersgd": self._power}[config.compress]
+        if config.compress == "powersgd":
+            logging.getLogger(powersgd.__name__).setLevel(logging.WARNING)
+            self._powersgd = powersgd.PowerSGDState(
+                None,
+                matrix_approximation_rank=config.powersgd_rank,
+                start_powerSGD_iter=START,
+                compression_stats_logging_frequency=2**62,
+            )
+        model.register_comm_hook(None, lambda _, bucket: self._measured(hook, bucket))
+
+    def own_squares(self) -> Tensor | None:
+        """Sum of squares of this process's gradient before it met the others' (since the last call), if ``measure``."""
+        found = torch.stack(self._own).sum() if self._own else None
+        self._own = []
+        return found
+
+    def _measured(self, hook: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        if self.measure:
+            self._own.append(buffer.double().square().sum())
+        self.plain_bytes += buffer.nbytes
+        self.exchanges += 1
+        return hook(bucket)
+
+    def _plain(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer().div_(dist.get_world_size())
+        self.sent_bytes += buffer.nbytes
+        return _all_reduce(buffer).then(lambda future: future.value()[0])
+
+    def _bfloat16(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        # torch's own hook of this kind is for NCCL.
+        buffer = bucket.buffer()
+        small = buffer.div(dist.get_world_size()).bfloat16()
+        self.sent_bytes += small.nbytes
+        return _all_reduce(small).then(lambda future: buffer.copy_(future.value()[0]))
+
+    def _power(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        state = self._powersgd
+        assert state is not None
+        if state.iter < START:
+            self.sent_bytes += bucket.buffer().nbytes
+            return powersgd.powerSGD_hook(state, bucket)
+        before = state.total_numel_after_compression
+        future = powersgd.powerSGD_hook(state, bucket)
+        self.sent_bytes += (state.total_numel_after_compression - before) * bucket.buffer().element_size()
+        return future
+
+
+def _all_reduce(buffer: Tensor) -> torch.futures.Future[list[Tensor]]:
+    return dist.all_reduce(buffer, async_op=True).get_future()

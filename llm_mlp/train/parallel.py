@@ -1,0 +1,318 @@
+"""The processes of a run: who reads which samples, how gradients meet, what happens when one of them dies.
+
+Distribution is torch's own (torchrun, DDP, ``fully_shard``) and is applied from outside: models know no mesh. With one
+process everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llm_mlp.config import ConfigError, ParallelConfig
+from llm_mlp.device import pick_device
+from llm_mlp.models import LM
+from llm_mlp.train.compress import Communication
+
+log = logging.getLogger("llm_mlp.train")
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """A process of the run is gone or failed; the message names it and what it said."""
+
+
+class World:
+    """This process among those of a run.
+
+    ``rank`` of ``size`` processes; every ``context`` neighbours share their samples, so there are ``data_size`` readers
+    of different samples, of which this is number ``data_rank``.
+    """
+
+    def __init__(self, config: ParallelConfig, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        self.config, self.device, self.rank, self.size = config, device, rank, size
+        if size % config.context:
+            raise ConfigError(f"parallel.context = {config.context} does not divide the {size} processes")
+        if config.data == "fsdp" and size % config.replicas:
+            raise ConfigError(f"parallel.replicas = {config.replicas} does not divide the {size} processes")
+        self.data_rank, self.context_rank = divmod(rank, config.context)
+        self.data_size = size // config.context
+        self.context_group: dist.ProcessGroup | None = None
+        if config.context > 1:
+            groups = [list(range(r, r + config.context)) for r in range(0, size, config.context)]
+            self.context_group, _ = dist.new_subgroups_by_enumeration(groups)
+        self.collectives = 0  # asked for here; those that DDP and fully_shard start are theirs
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what a run writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            self.collectives += 1
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value (a plain Python object of this program's own making), by rank."""
+        if self.size == 1:
+            return [value]
+        self.collectives += 1
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def first(self, work: Callable[[], T]) -> T:
+        """``work()``, on the main process before the others; if it fails there, it fails everywhere."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except (ValueError, OSError, RuntimeError) as caught:
+                error = caught
+        said = self.gather(f"{error}" if error else None)[0]
+        if error is not None:
+            raise error
+        if said is not None:
+            raise RankError(f"rank 0: {said}")
+        return result if self.main else work()  # type: ignore[return-value]
+
+    def agree(self, error: BaseException | None, doing: str) -> None:
+        """Raise on all processes if one of them has an ``error``."""
+        said = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RankError(f"rank {rank} failed while {doing}: {text}")
+
+    def per_rank(self, batch_size: int) -> int:
+        """Samples of a batch that each reader takes."""
+        if batch_size % self.data_size:
+            raise ConfigError(
+                f"batch_size = {batch_size} cannot be dealt to {self.data_size} processes; give a multiple"
+            )
+        return batch_size // self.data_size
+
+
+# -- starting and ending -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
+    """The processes that torchrun started (or that are connected already), else this one alone.
+
+    Raises:
+        ConfigError: a rendezvous that cannot be reached, more processes than devices, a layout that needs more.
+        RankError: inside, for a failure of another process.
+    """
+    started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started and not dist.is_initialized():
+        alone = World(ParallelConfig(), pick_device(device))
+        if config.context > 1 or config.replicas > 1:
+            raise ConfigError(
+                "parallel.context and parallel.replicas need several processes: "
+                "torchrun --nproc-per-node N -m llm_mlp train ..."
+            )
+        yield alone
+        return
+    on = _own_device(device)
+    if started:
+        _connect(config, on)
+    world = World(config, on, dist.get_rank(), dist.get_world_size())
+    if world.rank:
+        logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # the main process says what all of them do
+    try:
+        yield world
+    except RankError:
+        raise
+    except BaseException as error:
+        _last_words(world, error)
+        lost = _who_is_gone(world) if _is_communication(error) else None
+        if lost:
+            raise RankError(lost) from error
+        raise
+    finally:
+        if started:
+            with contextlib.suppress(RuntimeError):  # after a failure there is nobody to say good-bye to
+                dist.destroy_process_group()
+
+
+def _own_device(name: str) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} here)")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _connect(config: ParallelConfig, device: torch.device) -> None:
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout)
+        )
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the other processes cannot be reached at {where} ({str(error).splitlines()[0]}); check MASTER_ADDR, "
+            "MASTER_PORT, WORLD_SIZE and RANK, and that all of them were started"
+        ) from None
+
+
+def _is_communication(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(word in text for word in ("gloo", "nccl", "connection", "peer", "timed out"))
+    )
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _last_words(world: World, error: BaseException) -> None:
+    """Left for the others, who will only see a connection that closes."""
+    if _is_communication(error):
+        return
+    with contextlib.suppress(Exception):
+        _store().set(f"llm_mlp/said/{world.rank}", f"{type(error).__name__}: {error}"[:2000])
+
+
+def _who_is_gone(world: World, wait: float = 5.0) -> str | None:
+    """After a failed exchange: those left report, and who does not has died."""
+    try:
+        store = _store()
+        store.set(f"llm_mlp/left/{world.rank}", socket.gethostname())
+        end = time.monotonic() + wait
+        lost = [r for r in range(world.size) if r != world.rank]
+        while time.monotonic() < end and lost:
+            lost = [r for r in lost if not store.check([f"llm_mlp/left/{r}"])]
+            time.sleep(0.1)
+        words = []
+        for r in lost:
+            key = f"llm_mlp/said/{r}"
+            words.append(
+                f"rank {r} of {world.size} " + (f"failed: {store.get(key).decode()}" if store.check([key]) else "died")
+            )
+    except Exception:
+        return "rank 0, which holds the rendezvous, is gone; the last checkpoint stands, continue with --resume"
+    if not words:
+        return None
+    return (
+        f"{'; '.join(words)}; the last checkpoint stands, continue with --resume (also on other numbers of processes)"
+    )
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+class Wrapped:
+    """A model made ready for a run's processes: what to call, and when gradients are exchanged."""
+
+    def __init__(self, model: LM, world: World) -> None:
+        self.model, self.world = model, world
+        self.call: nn.Module = model
+        self.communication = Communication()
+        config = world.config
+        if world.size == 1:
+            return
+        if config.data == "fsdp":
+            _shard(model, world)
+        else:
+            own = [world.device.index] if world.device.type == "cuda" else None
+            parallel = DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
+            self.communication.register(parallel, config)
+            self.call = parallel
+
+    @property
+    def sharded(self) -> bool:
+        return self.world.size > 1 and self.world.config.data == "fsdp"
+
+    @contextlib.contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a part of the batch; gradients are exchanged in the ``last``."""
+        if isinstance(self.call, DistributedDataParallel) and not last:
+            with self.call.no_sync():
+                yield
+            return
+        if self.sharded:
+            zero = self.world.config.zero
+            # ZeRO-1 keeps gradients whole until the last part; ZeRO-2 and 3 scatter those of every part.
+            assert isinstance(self.model, FSDPModule)
+            self.model.set_requires_gradient_sync(last or zero > 1)
+        yield
+
+
+def _shard(model: LM, world: World) -> None:
+    config = world.config
+    mesh: DeviceMesh
+    if config.replicas > 1:
+        shape = (config.replicas, world.size // config.replicas)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
+    else:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    dtype = {"same": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.reduce_dtype]
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=config.zero == 3, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+# -- sharded tensors ------------------------------------------------------------------------------------------------
+
+
+def whole(t: Tensor) -> Tensor:
+    """A sharded tensor's full value (all processes of its mesh must ask for it); any other as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A full value that every process has, sharded as ``pattern`` is; nothing is sent."""
+    if not isinstance(pattern, DTensor):
+        return value
+    from torch.distributed.tensor import Replicate
+
+    mesh = pattern.device_mesh
+    spread = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return spread.redistribute(placements=pattern.placements)
+
+
+def squared_norm(tensors: list[Tensor]) -> float:
+    """Sum of the squares of all numbers of all tensors; of sharded ones over all shards, by one exchange."""
+    first = tensors[0]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    norms = torch.stack(list(torch._foreach_norm(local)))
+    total = norms.double().square().sum()
+    if isinstance(first, DTensor):
+        mesh = first.device_mesh
+        dist.all_reduce(total, group=mesh.get_group("shard"))
+    return float(total)
