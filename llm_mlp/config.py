@@ -335,7 +335,9 @@ class TrainConfig(Config):
         0,
         description="sequences a forward pass of a process; 0: all it has; auto: what fits in memory, found by trying",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="bf16 and fp16: mixed, by autocast; fp64: slow, to compare ways of training by"
+    )
     compile: bool = Field(False, description="torch.compile every block")
     cuda_graph: bool = Field(
         False,

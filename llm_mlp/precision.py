@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """``autocast()`` around the forward pass; ``scaler`` scales the loss from 2^16 in fp16 and is idle otherwise."""
 
-    def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
+    def __init__(self, name: Literal["fp32", "bf16", "fp16", "fp64"], device: torch.device) -> None:
         self.dtype = DTYPES.get(name)
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16, enabled=name == "fp16")

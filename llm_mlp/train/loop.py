@@ -186,6 +186,8 @@ class _Run:
                 f"{self.dataset.tokenizer.vocab_size} tokens"
             )
         self.model: LM = build_model(config.model, seed=config.seed, device=self.device)
+        if config.precision == "fp64":
+            self.model.double()
         if init_from:
             load_weights(self.model, resolve(init_from) / "model.safetensors")
         self.model.activation_checkpointing = config.activation_checkpointing

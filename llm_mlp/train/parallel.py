@@ -249,7 +249,7 @@ class Wrapped:
             _shard(model, world)
         else:
             own = [world.device.index] if world.device.type == "cuda" else None
-            parallel = DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
+            parallel = DistributedDataParallel(model, device_ids=own)
             self.communication.register(parallel, config)
             self.call = parallel
 

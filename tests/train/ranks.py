@@ -1,0 +1,57 @@
+"""Functions run by several processes of this machine at once, connected by gloo."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _one(rank: int, size: int, store: str, out: Any, function: Callable, args: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        out.put((rank, True, function(*args)))
+        dist.destroy_process_group()
+    except BaseException as error:
+        out.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def start(size: int, function: Callable, *args: Any) -> tuple[list[Any], Any]:
+    """The processes, and the queue of their (rank, whether it went well, value or error)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm_mlp.train", "torch.utils.tensorboard"])
+    store = str(Path(tempfile.mkdtemp()) / "store")
+    out = context.Queue()
+    processes = [context.Process(target=_one, args=(r, size, store, out, function, args)) for r in range(size)]
+    for process in processes:
+        process.start()
+    return processes, out
+
+
+def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]]:
+    """What each rank returned, or the error it ended with."""
+    processes, out = start(size, function, *args)
+    found = dict.fromkeys(range(size), (False, "said nothing"))
+    for _ in range(size):
+        rank, well, value = out.get(timeout=300)
+        found[rank] = (well, value)
+    for process in processes:
+        process.join(60)
+    return [found[r] for r in range(size)]
+
+
+def together(size: int, function: Callable, *args: Any) -> list[Any]:
+    """What each rank returned; all must succeed."""
+    found = outcomes(size, function, *args)
+    for rank, (well, value) in enumerate(found):
+        assert well, f"rank {rank}: {value}"
+    return [value for _, value in found]
