@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm_mlp.presets import preset
 
@@ -350,10 +350,15 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
 
+    @field_validator("micro_batch")
+    @classmethod
+    def _not_negative(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 0:
+            raise ValueError("expected a number of sequences, 0 or auto")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.micro_batch != "auto" and self.micro_batch < 0:
-            raise ValueError(f"micro_batch = {self.micro_batch}: expected a number of sequences, 0 or auto")
         if self.micro_batch not in (0, "auto") and self.batch_size % int(self.micro_batch):
             raise ValueError(f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}")
         if self.data.packing == "streams" and self.control.batch == "ramp":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,20 @@ from llm_mlp.ops.perceive.chunked import CHUNK
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
 
 
+class Split(Protocol):
+    """What stands in for the state before a text whose earlier part another process reads."""
+
+    def tail(self, x: Tensor, back: int, cu_seqlens: Tensor | None) -> Tensor: ...
+
+    def perceive(
+        self, q: Tensor, k: Tensor, e: Tensor, w: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def units(
+        self, k: Tensor, w: Tensor, score: Tensor, block: int, slots: int, cu_seqlens: Tensor | None
+    ) -> Units: ...
+
+
 class PerceptionMixer(Mixer):
     """One layer of perception heads.
 
@@ -49,6 +64,8 @@ class PerceptionMixer(Mixer):
         self.block, self.slots, self.read = c.block, c.slots, c.read
         # Given the transition (P, log_a) of every text that is read, where it is set: what composing contexts needs.
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        # Where the text is split over processes: what of the past crosses to this one (`llm_mlp.train.context`).
+        self.split: Split | None = None
         self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
         G, R, V, width = c.groups, c.read_width, c.value_width, c.gate_rank
         D, H = config.d_model, c.heads
@@ -183,6 +200,9 @@ class PerceptionMixer(Mixer):
         logits = {name: up(low[name]) for name, up in self._ups().items()}
         heads = None if self.head_proj is None else self.head_proj(x)
         scalars = self._scalars(x, heads, logits.get("erase"))
+        split = self.split
+        if split is not None and self.conv is not None:
+            before = {"conv": split.tail(qkv, self.conv.shape[1] - 1, cu_seqlens)}
         if self.first_layer is None:
             i, tail = head_inputs(
                 qkv,
@@ -206,20 +226,19 @@ class PerceptionMixer(Mixer):
         e = self._erase(i.k, scalars.beta)
         if self.observer is not None:
             self.observer(*perceive_transition(i.k, e, scalars.log_decay))
-        y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
-            i.q,
-            i.k,
-            e,
-            i.w,
-            scalars.log_decay,
-            before.get("fast_weights"),
-            cu_seqlens=cu_seqlens,
-            return_residual=True,
-        )
+        inputs = i.q, i.k, e, i.w, scalars.log_decay
+        if split is not None:
+            y, after["fast_weights"], residual = split.perceive(*inputs, cu_seqlens)
+        else:
+            y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
+                *inputs, before.get("fast_weights"), cu_seqlens=cu_seqlens, return_residual=True
+            )
         read = None
         if i.units_q is not None and i.units_k is not None:
             units = Units(*(before[name] for name in _UNITS)) if state else None
             score = residual.detach().sum(-1)  # surprise of a token for the group
+            if split is not None:
+                units = split.units(i.units_k, i.w, score, self.block, self.slots, cu_seqlens)
             read, units = memorise(
                 i.units_q,
                 i.units_k,

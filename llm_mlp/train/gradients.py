@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from llm_mlp.config import TrainConfig
 from llm_mlp.data import Batch, Loader
 from llm_mlp.models.capture import CapturedGradients
 from llm_mlp.precision import Precision
+from llm_mlp.train.context import SplitSequence
 from llm_mlp.train.control import Action
 from llm_mlp.train.parallel import Wrapped, squared_norm
 from llm_mlp.train.snapshot import Progress
@@ -51,6 +53,8 @@ class Gradients:
         self.config, self.wrapped, self.world, self.loader = config, wrapped, wrapped.world, loader
         self.model, self.device = wrapped.model, wrapped.world.device
         self.precision, self.progress, self.act, self.run = precision, progress, act, Path(config.out)
+        group = self.world.context_group
+        self.split = None if group is None else SplitSequence(group)
         # Made with the first batch, when the model is where it stays.
         self._captured: CapturedGradients | None = None
 
@@ -137,8 +141,9 @@ class Gradients:
                 rows, length = batch.tokens.shape
                 self._captured = CapturedGradients(self.model, rows, length, self.precision.autocast)
             return self._captured(batch.tokens, batch.targets, scale)
-        loss = self._loss(batch, carried) * scale
-        self.precision.scaler.scale(loss).backward()
+        with nullcontext(batch) if self.split is None else self.split.reading(self.model, batch) as part:
+            loss = self._loss(part, carried) * scale
+            self.precision.scaler.scale(loss).backward()
         return loss.detach()
 
     def _loss(self, batch: Batch, carried: Carried) -> Tensor:

@@ -133,6 +133,8 @@ def _check(config: TrainConfig, world: World) -> None:
         raise ConfigError(
             f"cuda_graph: true needs a CUDA device and one process; this run is on {device} with {world.size}"
         )
+    if config.micro_batch == "auto" and (config.parallel.context > 1 or config.parallel.data == "fsdp"):
+        raise ConfigError("micro_batch: auto tries sizes on each process alone; with fsdp or parallel.context give one")
     per = world.per_rank(config.batch_size)
     if config.micro_batch not in (0, "auto") and per % int(config.micro_batch):
         raise ConfigError(

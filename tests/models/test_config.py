@@ -187,7 +187,7 @@ def test_unknown_fields_suggest_the_nearest(cls, values, message):
         (TrainConfig, {"steps": None}, r"steps: .*integer"),
         (TrainConfig, {"steps": 0}, r"steps: .*greater than or equal to 1.*\(got 0\)"),
         (TrainConfig, {"compile": "yes"}, r"compile: .*boolean.*\(got 'yes'\)"),
-        (TrainConfig, {"precision": "fp8"}, r"precision: .*'fp32', 'bf16' or 'fp16'.*\(got 'fp8'\)"),
+        (TrainConfig, {"precision": "fp8"}, r"precision: .*'fp32', 'bf16', 'fp16' or 'fp64'.*\(got 'fp8'\)"),
         (TrainConfig, {"optimizer": 3}, r"optimizer: .*\(got 3\)"),
         (OptimizerConfig, {"lr": "fast"}, r"lr: .*number.*\(got 'fast'\)"),
         (OptimizerConfig, {"lr": float("nan")}, "lr: "),

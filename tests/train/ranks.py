@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import queue
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -41,11 +42,19 @@ def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]
     """What each rank returned, or the error it ended with."""
     processes, out = start(size, function, *args)
     found = dict.fromkeys(range(size), (False, "said nothing"))
-    for _ in range(size):
-        rank, well, value = out.get(timeout=300)
-        found[rank] = (well, value)
-    for process in processes:
-        process.join(60)
+    patience = 300
+    try:
+        for _ in range(size):
+            rank, well, value = out.get(timeout=patience)
+            found[rank] = (well, value)
+            if not well:
+                patience = 30  # the others may wait for it in vain
+    except queue.Empty:
+        pass
+    finally:
+        for process in processes:
+            process.join(0 if patience < 300 else 60)
+            process.kill()
     return [found[r] for r in range(size)]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 from ranks import together
 from train_cases import run, tiny
 
@@ -76,6 +74,10 @@ LAYOUTS = {
     "zero-2 in parts": (2, ["parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"]),
     "zero-1 in parts": (2, ["parallel.data=fsdp", "parallel.zero=1", "micro_batch=2"]),
     "hybrid": (4, ["parallel.data=fsdp", "parallel.replicas=2"]),
+    "context": (2, ["parallel.context=2"]),
+    "context of four": (4, ["parallel.context=4"]),
+    "context and data": (4, ["parallel.context=2", "micro_batch=2"]),
+    "context and zero-3": (4, ["parallel.context=2", "parallel.data=fsdp", "activation_checkpointing=true"]),
 }
 
 
