@@ -80,30 +80,38 @@ class GradientNoise(_Remembers):
     """The rate from the gradient's signal-to-noise ratio over time.
 
     With a momentum m of decay b, E|g|^2 = signal + noise and E|m|^2 = signal + c noise, c = (1 - b) / (1 + b), so the
-    noise's share of |g|^2 is (1 - |m|^2 / |g|^2) / (1 - c); m and that g are of clipped gradients, the noise is that
-    share of the unclipped one. The median noise of the last 5 steps is held against its long geometric mean
+    noise is (|g|^2 - |m|^2) / (1 - c), where m, a mean of clipped gradients, is divided by the same mean of what was
+    left of them. The median noise of the last 5 steps is held against its long geometric mean
     (100 steps): the signal is the same in both, so this is how the signal-to-noise ratio has changed. Above ``START``
     times, the factor is the root of the ratio's inverse (a power of two, as the error of a step grows with rate^2
     times noise); below ``END`` times it is 1 again.
     """
 
     START, END, SHORT, LONG, SETTLE = 4.0, 2.0, 5, 100, 50
+    FLOOR = 0.1  # share of |g|^2 below which noise does not matter and is hard to tell
     name = "gradient_noise"
-    kept = ("recent", "log_mean", "count", "factor")
+    kept = ("recent", "log_mean", "count", "factor", "left")
 
     def __init__(self, momentum: float, min_factor: float) -> None:
+        self.momentum = momentum
         self.share = (1 - momentum) / (1 + momentum)
         self.min_factor = min_factor
         self.recent: list[float] = []
         self.log_mean = 0.0
         self.count = 0
         self.factor = 1.0
+        self.left = 0.0  # mean of clipped over whole gradients, with the momentum's decay and start
 
     def observe(self, m: Metrics) -> list[Action]:
-        if m.momentum_norm is None or not m.clipped_norm or not math.isfinite(m.grad_norm) or not m.warm:
+        if m.clipped_norm is None or not math.isfinite(m.grad_norm) or not m.grad_norm:
             return []
-        share = max(1 - (m.momentum_norm / m.clipped_norm) ** 2, 1e-6) / (1 - self.share)
-        noise = min(share, 1.0) * m.grad_norm**2
+        left, now = self.left, m.clipped_norm / m.grad_norm
+        self.left = self.momentum * left + (1 - self.momentum) * now
+        if m.momentum_norm is None or not left or not m.warm:
+            return []
+        squares = m.grad_norm**2
+        noise = (squares - (m.momentum_norm / left) ** 2) / (1 - self.share)
+        noise = min(max(noise, self.FLOOR * squares), squares)
         self.recent = [*self.recent, noise][-self.SHORT :]
         ratio = median(self.recent) / math.exp(self.log_mean) if self.count else 1.0
         found = self._decide(m.step, ratio) if self.count >= self.SETTLE else []
@@ -290,6 +298,7 @@ class Guard(_Remembers):
     def objection(self, m: Metrics) -> str | None:
         """Why the step should not be applied; None if it may be."""
         if not math.isfinite(m.loss) or not math.isfinite(m.grad_norm):
+            self.refused += 1
             return "not finite"
         norm = math.log(max(m.grad_norm, 1e-30))
         why = self._spike(m.loss, norm) if self.spikes and m.warm and len(self.losses) >= self.ENOUGH else None
