@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -282,6 +283,8 @@ def _shard(model: LM, world: World) -> None:
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     dtype = {"same": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.reduce_dtype]
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
+    # What blocks return is never changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=config.zero == 3, **options)
     fully_shard(model, reshard_after_forward=False, **options)

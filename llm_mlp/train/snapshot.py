@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,6 @@ def save(
         write_model(temporary, parts.model, tokenizer, weights=not sharded)
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "training.safetensors")
         write_json(temporary / "training.json", facts)
-        if sharded:
-            _write_shards(temporary, parts)
 
     if sharded:
         _together(folder, fill, parts)
@@ -142,23 +141,28 @@ def _alone(world: World, write: Any, folder: Path) -> None:
 
 
 def _together(folder: Path, fill: Any, parts: Parts) -> None:
-    """The main process makes the folder, all fill their shards into it, then it gets its name."""
+    """The main process makes the folder and fills it, all write their shards into it, then it gets its name."""
     world = parts.world
     error: BaseException | None = None
     if world.main:
+        told = False
 
         def whole_fill(temporary: Path) -> None:
-            world.gather(str(temporary))
+            nonlocal told
             fill(temporary)
+            told = True
+            world.gather(str(temporary))
+            _write_shards(temporary, parts)
 
         try:
             write_folder(folder, whole_fill)
         except (CheckpointError, dcp.CheckpointException) as caught:
             error = caught
-    else:
-        temporary = Path(world.gather("")[0])
+        if not told:
+            world.gather("")
+    elif temporary := world.gather("")[0]:
         try:
-            _write_shards(temporary, parts)
+            _write_shards(Path(temporary), parts)
         except (OSError, dcp.CheckpointException, SafetensorError) as caught:
             error = CheckpointError(f"{folder}: could not be saved ({_short(caught)}); earlier checkpoints stand")
     world.agree(error, f"saving {folder}")
@@ -316,7 +320,8 @@ def _read_shards(folder: Path, parts: Parts, points: int) -> None:
     if foreign := sorted(names - state.keys()):
         raise CheckpointError(f"{path}: tensor {foreign[0]!r} is foreign ({len(foreign)} in all)")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it should be
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None

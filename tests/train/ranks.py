@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -42,19 +43,22 @@ def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]
     """What each rank returned, or the error it ended with."""
     processes, out = start(size, function, *args)
     found = dict.fromkeys(range(size), (False, "said nothing"))
-    patience = 300
-    try:
-        for _ in range(size):
-            rank, well, value = out.get(timeout=patience)
-            found[rank] = (well, value)
-            if not well:
-                patience = 30  # the others may wait for it in vain
-    except queue.Empty:
-        pass
-    finally:
-        for process in processes:
-            process.join(0 if patience < 300 else 60)
-            process.kill()
+    end = time.monotonic() + 300
+    waiting = set(range(size))
+    while waiting and time.monotonic() < end:
+        gone = {r for r in waiting if not processes[r].is_alive()}  # before looking: what they said is there by now
+        try:
+            rank, well, value = out.get(timeout=1)
+        except queue.Empty:
+            waiting -= gone
+            continue
+        found[rank] = (well, value)
+        waiting.discard(rank)
+        if not well:
+            end = min(end, time.monotonic() + 30)  # the others may wait for it in vain
+    for process in processes:
+        process.join(1 if waiting else 60)
+        process.kill()
     return [found[r] for r in range(size)]
 
 

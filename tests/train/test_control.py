@@ -51,9 +51,7 @@ def test_calm_gradients_provoke_nothing(noise):
 @pytest.mark.parametrize(("times", "factor"), [(math.sqrt(10), 0.25), (10, 0.125)])
 def test_noisier_gradients_lower_the_rate_and_calm_restores_it(noise, times, factor):
     """Ten times the noise's variance, and ten times its size, over a hundred steps."""
-    found = observed(
-        GradientNoise(0.95, 0.1), gradients(lambda step: noise * (times if 300 < step <= 400 else 1), 700)
-    )
+    found = observed(GradientNoise(0.95, 0.1), gradients(lambda step: noise * (times if 300 < step <= 400 else 1), 700))
     assert min(value for _, _, value in found) == factor
     assert 300 < found[0][0] <= 306 and 400 < found[-1][0] <= 410 and found[-1][1:] == ("gradient_factor", 1.0)
 
@@ -228,7 +226,7 @@ def test_a_spike_is_skipped_and_its_samples_are_listed(tmp_path, monkeypatch, ca
 
 
 def test_a_run_of_nothing_but_nan_ends(tmp_path, monkeypatch):
-    scaled_loss(monkeypatch, {n: math.nan for n in range(1, 200)})
+    scaled_loss(monkeypatch, dict.fromkeys(range(1, 200), math.nan))
     monkeypatch.setattr("llm_mlp.train.loop.GIVE_UP", 5)
     with pytest.raises(TrainingError, match="The last 5 steps were all refused"):
         run(tmp_path, "steps=50", "on_nan=skip")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from ranks import together
+import torch
+import torch.distributed as dist
+from ranks import outcomes, together
 from train_cases import run, tiny
 
-from llm_mlp.checkpoint import read_tensors, save_model
+from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
 from llm_mlp.models import build_model
-from llm_mlp.train.console import read_metrics
+from llm_mlp.train.console import read_lines, read_metrics
+from llm_mlp.train.control import Action, BatchNoise
+from llm_mlp.train.gradients import Gradients
+from llm_mlp.train.snapshot import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -90,3 +103,300 @@ def test_processes_train_as_one(tmp_path, layout, optimizer):
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
     assert_same(tmp_path, "one", "many", 1e-9)
+
+
+# -- context parallelism -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("packing", "seq_len", "size"),
+    [
+        ("joined", 40, 2),  # blocks of 8: each process begins at tokens 0 and 20, in the middle of a block
+        ("joined", 52, 4),
+        ("reset", 64, 2),
+        ("reset", 44, 4),  # documents end within spans, begin in one and end in another, and go through whole ones
+    ],
+)
+def test_spans_of_one_text_are_read_as_one(tmp_path, packing, seq_len, size, optimizer):
+    common = (*EXACT, "steps=6", f"optimizer.name={optimizer}", f"data.seq_len={seq_len}")
+    common = (*common, f"data.packing={packing}", "model.perception.block=8")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, f"parallel.context={size}", out="many", init_from=start)
+    assert_same(tmp_path, "one", "many", 1e-9)
+
+
+def exchanged(folder: str, seq_len: int) -> tuple[int, int]:
+    """Bytes and exchanges of a forward and backward pass of a split text."""
+    from llm_mlp.data import Batch
+    from llm_mlp.train.context import SplitSequence
+
+    config = tiny(Path(folder), *EXACT)
+    model = build_model(config.model).double()
+    split = SplitSequence(dist.group.WORLD)
+    tokens = torch.arange(2 * seq_len).view(2, -1) % 257
+    with split.reading(model, Batch(tokens, tokens, None, None, None, [0, 1])) as part:
+        model(part.tokens, None, None, targets=part.targets).loss.backward()
+    return split.bytes, split.exchanges
+
+
+def test_what_is_exchanged_does_not_grow_with_the_text(tmp_path):
+    tiny(tmp_path)  # the documents, before the processes look for them
+    short, long = (together(2, exchanged, str(tmp_path), n) for n in (64, 512))
+    assert short == long and short[0] == short[1] and short[0][0] > 0
+
+
+# -- gradients on the wire -----------------------------------------------------------------------------------------
+
+
+def test_compressed_gradients(tmp_path):
+    common = ("steps=200", "batch_size=8", "optimizer.lr=0.003", "model.d_model=64", "log_every=20")
+    common = (*common, "model.attention={heads: 4, head_dim: 16}", "model.ffn.hidden=512")
+    plain = many(tmp_path, 2, *common, out="plain")
+    bf16 = many(tmp_path, 2, *common, "parallel.compress=bf16", out="bf16")
+    power = many(tmp_path, 2, *common, "parallel.compress=powersgd", out="powersgd")
+    assert plain["sent"] == plain["plain"] > 0
+    assert bf16["sent"] <= 0.51 * bf16["plain"]
+    # The first two steps travel whole (DDP lays its buckets out anew after the first), the rest compressed.
+    whole = plain["plain"] / 200
+    assert (power["sent"] - 2 * whole) / (power["plain"] - 2 * whole) <= 0.2
+    last = {
+        name: sum(loss for _, loss in r["curve"][-20:]) / 20
+        for name, r in {"plain": plain, "bf16": bf16, "powersgd": power}.items()
+    }
+    assert last["bf16"] == pytest.approx(last["plain"], rel=0.01)
+    assert last["powersgd"] == pytest.approx(last["plain"], rel=0.01)
+
+
+def test_collectives_are_few(tmp_path):
+    """What the loop itself asks for: two exchanges a step, few more for a checkpoint and an evaluation."""
+    short, long = (many(tmp_path, 2, f"steps={n}", "checkpoint.every=0", out=str(n))["collectives"] for n in (5, 15))
+    assert long - short == 2 * 10 and short - 2 * 5 <= 10
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+def killed(folder: str, overrides: tuple[str, ...], rank: int, at: int, options: dict) -> list:
+    """A run in which process ``rank`` is killed after step ``at``."""
+
+    def on_step(step: int, loss: float) -> None:
+        if step == at and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return run(Path(folder), *overrides, on_step=on_step, **options).curve
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("layout", [[], ["parallel.data=fsdp"]], ids=["ddp", "fsdp"])
+def test_a_process_that_dies_is_named_and_the_run_goes_on_with_others(tmp_path, layout, rank):
+    common = (*EXACT, "steps=8", "checkpoint.every=2", *layout)
+    whole = many(tmp_path, 2, *common, out="whole")
+    found = outcomes(2, killed, str(tmp_path), common, rank, 5, {"out": "run"})
+    well, said = found[1 - rank]
+    assert not well and f"RankError: rank {rank}" in said and "--resume" in said
+    last = checkpoints(tmp_path / "run")[-1]
+    assert last.name == "step-0000004" and (last / "shards").is_dir() == bool(layout)
+    for size in (1, 4):
+        shutil.copytree(tmp_path / "run", tmp_path / str(size))
+        options = {"out": str(size), "resume": True}
+        rest = many(tmp_path, size, *common, **options) if size > 1 else trained(str(tmp_path), common, options)
+        assert [step for step, _ in rest["curve"]] == [5, 6, 7, 8]
+        for (_, a), (_, b) in zip(rest["curve"], whole["curve"][4:], strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+        load_model(tmp_path / str(size) / "model")
+
+
+def fails(folder: str, overrides: tuple[str, ...], rank: int, what: str) -> list:
+    """A run in which something goes wrong in process ``rank`` alone."""
+    real = Gradients._loss
+    seen = [0]
+
+    def loss(self, batch, carried):
+        seen[0] += 1
+        if dist.get_rank() == rank and seen[0] == 3:
+            if what == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return real(self, batch, carried) * math.nan
+        return real(self, batch, carried)
+
+    Gradients._loss = loss
+    result = run(Path(folder), *overrides)
+    return [result.curve, [(a.step, a.what, a.value) for a in result.actions]]
+
+
+def test_a_nan_of_one_process_is_skipped_by_all(tmp_path):
+    tiny(tmp_path)
+    (well, one), (_, other) = outcomes(2, fails, str(tmp_path), ("on_nan=skip",), 1, "nan")
+    assert well and str(one[0]) == str(other[0]) and math.isnan(one[0][2][1]) and math.isfinite(one[0][3][1])
+    (line,) = read_lines(tmp_path / "run/quarantine.jsonl")
+    assert (line["step"], line["first_sample"], line["last_sample"]) == (3, 8, 11)
+
+
+def test_memory_that_ends_before_gradients_meet_halves_the_part(tmp_path):
+    """Under ``no_sync`` nothing of the step has travelled: that process alone reads smaller parts of the same sum."""
+    common = (*EXACT, "steps=4", "micro_batch=2")
+    (well, one), (_, other) = outcomes(2, fails, str(tmp_path), common, 1, "memory")
+    assert well and one[0] == other[0] and other[1] == [(2, "micro_batch", 1)]
+    whole = trained(str(tmp_path), common, {"out": "one"})
+    for (_, a), (_, b) in zip(one[0], whole["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+@pytest.mark.parametrize("layout", [["micro_batch=4"], ["parallel.data=fsdp", "micro_batch=4"]], ids=["ddp", "fsdp"])
+def test_memory_that_ends_where_others_wait_ends_the_run_which_resumes_in_smaller_parts(tmp_path, layout):
+    common = (*EXACT, "steps=4", "checkpoint.every=1", *layout)
+    found = outcomes(2, fails, str(tmp_path), common, 1, "memory")
+    assert "step 3: rank 1 ran out of memory with 4 sequences" in found[1][1] and "takes 2" in found[1][1]
+    assert "RankError: rank 1 of 2 failed: TrainingError: step 3: rank 1 ran out of memory" in found[0][1]
+    rest = many(tmp_path, 2, *(o for o in common if "micro" not in o), resume=True)
+    assert [step for step, _ in rest["curve"]] == [3, 4]
+    facts = json.loads((checkpoints(tmp_path / "run")[-1] / "training.json").read_text())
+    assert facts["micro_batch"] == 2 and not (tmp_path / "run/out_of_memory.json").exists()
+
+
+def full(folder: str, overrides: tuple[str, ...]) -> list:
+    """A run on a disk that is full when the second checkpoint is written."""
+    import llm_mlp.train.snapshot as snapshot
+
+    real = snapshot.save_file
+
+    def save_file(tensors, path):
+        if "step-0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    snapshot.save_file = save_file
+    return run(Path(folder), *overrides).curve
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.data=fsdp"]], ids=["ddp", "fsdp"])
+def test_a_full_disk_ends_all_processes_and_the_last_checkpoint_stands(tmp_path, layout):
+    tiny(tmp_path)
+    common = (*EXACT, "steps=6", "checkpoint.every=2", *layout)
+    found = outcomes(2, full, str(tmp_path), common)
+    assert all(not well and "No space left on device" in said for well, said in found)
+    assert "RankError: rank 0 failed while saving" in found[1][1]
+    folder = tmp_path / "run/checkpoints"
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == ["step-0000002"]
+    assert many(tmp_path, 2, *common, resume=True)["curve"][0][0] == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
+def test_damaged_shards_are_named(tmp_path, damage):
+    common = (*EXACT, "steps=2", "parallel.data=fsdp")
+    many(tmp_path, 2, *common, stop_after=1)
+    path = sorted((tmp_path / "run/checkpoints/step-0000001/shards").glob("*.safetensors"))[-1]
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"model/nothing": torch.zeros(2)}, path.with_name("other.safetensors"))
+    with pytest.raises(CheckpointError, match="shards: (tensor .* is (missing|foreign)|truncated)"):
+        run(tmp_path, *common, resume=True)
+
+
+def test_streams_go_on_with_another_number_of_processes(tmp_path):
+    """Carried states belong to streams; they are dealt anew."""
+    common = (*EXACT, "steps=6", "data.packing=streams")
+    whole = trained(str(tmp_path), common, {"out": "whole"})
+    many(tmp_path, 4, *common, stop_after=3)
+    rest = many(tmp_path, 2, *common, resume=True)
+    for (_, a), (_, b) in zip(rest["curve"], whole["curve"][3:], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def ramped(folder: str, overrides: tuple[str, ...], options: dict, decide: bool) -> dict:
+    """A run whose batch is doubled after step 3, if it may decide."""
+
+    def observe(self, m):
+        if decide and m.step == 3:
+            return [Action(3, "batch_noise", "batch_size", 16, "asked by the test")]
+        return []
+
+    BatchNoise.observe = observe
+    return trained(folder, overrides, options)
+
+
+def test_a_ramp_is_repeated_as_recorded_with_another_number_of_processes(tmp_path):
+    common = (*EXACT, "steps=8", "control.batch=ramp", "checkpoint.every=2")
+    tiny(tmp_path)
+    whole = together(2, ramped, str(tmp_path), common, {}, True)[0]
+    assert len(whole["curve"]) == 6  # three of 8 samples, two of 16 and what is left
+    for path in checkpoints(tmp_path / "run")[1:]:
+        shutil.rmtree(path)
+    rest = together(4, ramped, str(tmp_path), common, {"resume": True}, False)[0]
+    assert [step for step, _ in rest["curve"]] == [3, 4, 5, 6]
+    for (_, a), (_, b) in zip(rest["curve"], whole["curve"][2:], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def misfit(folder: str, overrides: tuple[str, ...]) -> None:
+    run(Path(folder), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "says"),
+    [
+        (2, ["parallel.context=4"], "parallel.context = 4 does not divide the 2 processes"),
+        (2, ["batch_size=5"], "batch_size = 5 cannot be dealt to 2 processes"),
+        (2, ["batch_size=8", "micro_batch=8"], "micro_batch = 8 does not divide the 4 sequences"),
+        (2, ["parallel.data=fsdp", "parallel.replicas=4"], "parallel.replicas = 4 does not divide"),
+        (4, ["parallel.context=4", "data.seq_len=8"], "shorter than the convolution's past"),
+    ],
+)
+def test_layouts_that_do_not_fit(tmp_path, size, overrides, says):
+    tiny(tmp_path)
+    assert all(not well and says in said for well, said in outcomes(size, misfit, str(tmp_path), tuple(overrides)))
+
+
+# -- started by torchrun -------------------------------------------------------------------------------------------
+
+
+def torchrun(folder: Path, config: Path, *arguments: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "llm_mlp", "train", str(config), "--quiet", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_torchrun_trains_dies_and_resumes(tmp_path):
+    """A worker is killed; torchrun ends the others; the run goes on where its last checkpoint stands."""
+    from llm_mlp.config import dump
+
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(tiny(tmp_path, "steps=3000", "checkpoint.every=20", "device=cpu")))
+    job = torchrun(tmp_path, config)
+    end = time.monotonic() + 120
+    while not checkpoints(tmp_path / "run") and time.monotonic() < end:
+        time.sleep(0.2)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode != 0 and "Signal 9" in said
+    before = checkpoints(tmp_path / "run")[-1].name
+    again = torchrun(tmp_path, config, "--resume", "--stop-after", str(int(before[5:]) + 30), processes=1)
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, said
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{int(before[5:]) + 30:07d}"
+
+
+def test_a_rendezvous_that_nobody_answers(tmp_path):
+    from llm_mlp.config import dump
+
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(tiny(tmp_path, "parallel.timeout=3", "device=cpu")))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_mlp", "train", str(config)],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode != 0 and "cannot be reached at 127.0.0.1:9" in done.stderr + done.stdout
