@@ -60,14 +60,19 @@ _PAGE = Template("""<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--back) }
 p { max-width: 60rem }
-.scroll { overflow: auto; max-height: 36rem; margin: 1rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+.scroll { overflow: auto; max-height: 48rem; margin: 1rem 0 }
+.scroll:has(.numbers) { max-height: none }
+table { border-spacing: 0; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding: .3rem 0 }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
-th { font-weight: 600; overflow-wrap: anywhere; min-width: 6rem }
-td { overflow-wrap: anywhere; min-width: 4rem; max-width: 30rem }
-.numbers td, .numbers thead th + th { text-align: right; padding: .3rem 0 .3rem 1.5rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem 2rem }
+caption span { display: inline-block; max-width: calc(100vw - 2rem) }
+th, td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
+th { font-weight: 600; min-width: 7rem; max-width: 16rem; overflow-wrap: break-word }
+td { overflow-wrap: anywhere; min-width: 5rem; max-width: 30rem }
+tbody th { position: sticky; left: 0; background: var(--back) }
+.numbers td { text-align: right; min-width: 7.5rem } .numbers thead th { text-align: right }
+.numbers td, .numbers thead th { padding: .3rem 0 .3rem 1.5rem }
+@media (max-width: 40rem) { table { font-size: .875rem } }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem 2rem }
 figure { margin: 0; min-width: 0 } figure > svg { display: block; width: 100%; max-width: 40rem; height: auto }
 figcaption { font-weight: 600 } figure p { font-size: .875rem; margin: .2rem 0 }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0 1.2rem; margin: .2rem 0; padding: 0 }
@@ -106,7 +111,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, n
     kind = "numbers" if numbers else "texts"
     return (
         f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table class="{kind}">'
-        f"<caption>{name}</caption>\n<thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        f"<caption><span>{name}</span></caption>\n<thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -211,6 +216,10 @@ def _draw(axes, figure: Figure) -> None:  # type: ignore[no-untyped-def]  # matp
         axes.yaxis.set_minor_locator(NullLocator())
     elif figure.from_zero:
         axes.set_ylim(bottom=0)
+    else:
+        low, high = axes.get_ylim()
+        if high - low < 1e-4 * abs(high):  # a constant: its ticks would all read the same
+            axes.set_ylim(low - abs(low) / 100, high + abs(high) / 100)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label)

@@ -41,6 +41,8 @@ PLOTS = {
         ("joules_per_token", "Energy", "J a token", 1.0, False),
     ],
 }
+NOISY = {"grad_norm", "tokens_per_second", "mfu", "watts", "joules_per_token"}
+SMOOTHED = f"Faint: as recorded. Strong: exponential mean over a {SMOOTH}th of the recorded steps."
 KNOWN = {"step", "loss", *(key for plots in PLOTS.values() for key, *_ in plots)}
 
 
@@ -180,8 +182,11 @@ def _render(runs: list[Run]) -> str:
             parts += [f"<h2>{heading}</h2>", figures(found)]
     if missing:
         parts.append(f"<p>Unavailable in every run, and not plotted: {html.escape('; '.join(missing))}.</p>")
-    for group, keys in _groups(runs).items():
-        parts += [f"<h2>{html.escape(group)}</h2>", *_scalars(runs, group, keys)]
+    groups = _groups(runs)
+    for heading, own in (("Head statistics", True), ("Further scalars", False)):
+        chosen = {group: keys for group, keys in groups.items() if group.startswith("heads") == own}
+        if chosen:
+            parts += [f"<h2>{heading}</h2>", *_scalars(runs, heading, chosen)]
     parts += ["<h2>Actions of the controllers</h2>", _listed(runs, "actions", ACTIONS)]
     parts += ["<h2>Quarantined samples</h2>", _listed(runs, "quarantine", QUARANTINE)]
     return page(title, "\n".join(parts))
@@ -204,7 +209,7 @@ def _last(run: Run) -> dict[str, Any]:
     return [m for m in run.metrics if "loss" in m][-1]
 
 
-def _share(run: Run) -> str:
+def _progress(run: Run) -> str:
     tokens = run.tokens([_last(run)["step"]])[0]
     return f"{tokens / (run.config.steps * run.config.batch_size * run.config.data.seq_len):.1%}"
 
@@ -214,7 +219,7 @@ def _summary(runs: list[Run]) -> str:
         "folder": lambda run: str(run.folder),
         "steps": lambda run: f"{_last(run)['step']:,}",
         "tokens": lambda run: f"{run.tokens([_last(run)['step']])[0]:,.0f}",
-        "done of what is configured": _share,
+        "progress": _progress,
         "training loss, last recorded": lambda run: f"{_number(_last(run)['loss']):.4f}",
         "held-out loss, best": lambda run: _best(run, "held_out_loss"),
         "held-out bits per byte, best": lambda run: _best(run, "bits_per_byte"),
@@ -291,7 +296,6 @@ def _losses(runs: list[Run]) -> list[Figure]:
     """
     columns = [run.column("loss") for run in runs]
     half = max(x[-1] for x, _ in columns if x) / 2 if any(x for x, _ in columns) else 0.0
-    note = f"Faint: as recorded. Strong: exponential mean over a {SMOOTH}th of the recorded steps."
     plots = []
     for title, start in (("Training loss", 0.0), ("Training loss, second half", half)):
         faint, strong = [], []
@@ -301,7 +305,7 @@ def _losses(runs: list[Run]) -> list[Figure]:
                 tokens, raw, smooth = zip(*kept, strict=True)
                 faint.append(Series(run.name, tokens, raw, n, kind="faint"))
                 strong.append(Series(run.name, tokens, smooth, n))
-        plots.append(Figure(title, "tokens", "nats a token", faint + strong, note=note))
+        plots.append(Figure(title, "tokens", "nats a token", faint + strong, note=SMOOTHED))
     return plots
 
 
@@ -319,20 +323,25 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _plot(runs: list[Run], key: str, title: str, unit: str, factor: float, log: bool) -> Figure:
-    series = []
-    notes = []
+    faint, strong, notes = [], [], []
     for n, run in enumerate(runs):
         x, y = run.column(key)
         # Infinity has no place on an axis, and a logarithmic one has none for zero.
         y = [v * factor if math.isfinite(v) and (v > 0 or not log) else math.nan for v in y]
-        if x:
-            series.append(Series(run.name, x, y, n))
-        else:
+        if not x:
             notes.append(f"{run.name}: {UNAVAILABLE}.")
+        elif key in NOISY and len(y) > SMOOTH:
+            faint.append(Series(run.name, x, y, n, kind="faint"))
+            smooth = [math.exp(v) for v in _smooth([math.log(v) for v in y])] if log else _smooth(y)
+            strong.append(Series(run.name, x, smooth, n))
+        else:
+            strong.append(Series(run.name, x, y, n))
+    if faint:
+        notes.append(SMOOTHED)
     if key == "lr" and any(run.actions for run in runs):
-        series += [s for n, run in enumerate(runs) for s in _marks(run, n)]
+        strong += [s for n, run in enumerate(runs) for s in _marks(run, n)]
         notes.append("Triangles: actions of the controllers, listed below.")
-    return Figure(title, "tokens", unit, series, log_y=log, note=" ".join(notes))
+    return Figure(title, "tokens", unit, faint + strong, log_y=log, note=" ".join(notes))
 
 
 def _marks(run: Run, style: int) -> list[Series]:
@@ -357,22 +366,23 @@ def _natural(key: str) -> list[Any]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", key)]
 
 
-def _scalars(runs: list[Run], group: str, keys: list[str]) -> list[str]:
-    """A plot of related scalars, a line each, and a table of their last values."""
-    series = []
-    for n, run in enumerate(runs):
-        for place, key in enumerate(keys):
-            x, y = run.column(key)
-            strength = 1.0 if len(keys) == 1 else 0.3 + 0.7 * place / (len(keys) - 1)
-            y = [v if math.isfinite(v) else math.nan for v in y]
-            series += [Series(run.name, x, y, n, strength=strength)] if x else []
-    names = [key.removeprefix(f"{group}/") for key in keys]
-    if not series:
-        return [f"<p>Unavailable in every run: {html.escape(', '.join(keys))}.</p>"]
-    note = f"From faint to strong: {', '.join(names)}." if len(names) > 1 else ""
+def _scalars(runs: list[Run], heading: str, groups: dict[str, list[str]]) -> list[str]:
+    """A plot of each group, a line a scalar, and a table of the last values."""
+    plots = []
+    for group, keys in groups.items():
+        series = []
+        for n, run in enumerate(runs):
+            for place, key in enumerate(keys):
+                x, y = run.column(key)
+                strength = 1.0 if len(keys) == 1 else 0.3 + 0.7 * place / (len(keys) - 1)
+                y = [v if math.isfinite(v) else math.nan for v in y]
+                series += [Series(run.name, x, y, n, strength=strength)] if x else []
+        names = [key.removeprefix(f"{group}/") for key in keys]
+        note = f"From faint to strong: {', '.join(names)}." if len(names) > 1 else ""
+        plots += [Figure(group, "tokens", "value", series, note=note)] if series else []
     rows = [
-        [name, *(short(v[-1]) if (v := run.values(key)) else UNAVAILABLE for run in runs)]
-        for name, key in zip(names, keys, strict=True)
+        [key, *(short(v[-1]) if (v := run.values(key)) else UNAVAILABLE for run in runs)]
+        for keys in groups.values()
+        for key in keys
     ]
-    last = table(f"{group}: last values", ["", *(run.name for run in runs)], rows, numbers=True)
-    return [figures([Figure(group, "tokens", "value", series, note=note)]), last]
+    return [figures(plots), table(f"{heading}: last values", ["", *(run.name for run in runs)], rows, numbers=True)]
