@@ -165,7 +165,7 @@ def _svg(figure: Figure) -> str:
 
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     settings: dict[Any, Any] = dict.fromkeys(names, _INK)
-    settings |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    settings |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     # Without a salt of its own the names in it differ each time. Noise within a pixel need not be drawn.
     settings |= {"svg.hashsalt": "page", "path.simplify_threshold": 0.5, "text.parse_math": False}
     with matplotlib.rc_context(settings):
@@ -183,7 +183,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _draw(axes, figure: Figure) -> None:  # type: ignore[no-untyped-def]  # matplotlib is imported where it is used
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     for place, series in enumerate(figure.series):
         n = _style(figure, place)
@@ -208,6 +208,8 @@ def _draw(axes, figure: Figure) -> None:  # type: ignore[no-untyped-def]  # matp
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for s in figure.series for x in s.x}))
         axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps and tokens
     if figure.log_y:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
