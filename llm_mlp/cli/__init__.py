@@ -13,6 +13,7 @@ import typer
 import llm_mlp
 from llm_mlp.cli.contexts import context_app
 from llm_mlp.cli.options import Device, ModelDir, Overrides, Repeats, StoreDir, Threads, Tokens
+from llm_mlp.cli.runs import run_app
 from llm_mlp.cli.serving import chat, serve
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ bench_app = typer.Typer(help="Measure speed and memory beside the transformer tw
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(context_app, name="context")
+app.add_typer(run_app, name="run")
 app.command()(serve)
 app.command()(chat)
 

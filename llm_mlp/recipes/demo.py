@@ -227,7 +227,7 @@ def _write(
             "Training loss",
             "step",
             "nats a token",
-            [Series(NAMES[m.name], *map(list, zip(*m.result.curve, strict=True))) for m in models],
+            [Series(NAMES[m.name], [s for s, _ in m.result.curve], [y for _, y in m.result.curve]) for m in models],
         ),
         Figure(
             "Decoding: time a token",
