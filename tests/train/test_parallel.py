@@ -20,6 +20,7 @@ from train_cases import run, tiny
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
 from llm_mlp.models import build_model
+from llm_mlp.train.compress import Communication
 from llm_mlp.train.console import read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise
 from llm_mlp.train.gradients import Gradients
@@ -151,22 +152,47 @@ def test_what_is_exchanged_does_not_grow_with_the_text(tmp_path):
 
 
 def test_compressed_gradients(tmp_path):
-    common = ("steps=200", "batch_size=8", "optimizer.lr=0.003", "model.d_model=64", "log_every=20")
-    common = (*common, "model.attention={heads: 4, head_dim: 16}", "model.ffn.hidden=512")
-    plain = many(tmp_path, 2, *common, out="plain")
-    bf16 = many(tmp_path, 2, *common, "parallel.compress=bf16", out="bf16")
-    power = many(tmp_path, 2, *common, "parallel.compress=powersgd", out="powersgd")
-    assert plain["sent"] == plain["plain"] > 0
-    assert bf16["sent"] <= 0.51 * bf16["plain"]
-    # The first two steps travel whole (DDP lays its buckets out anew after the first), the rest compressed.
-    whole = plain["plain"] / 200
-    assert (power["sent"] - 2 * whole) / (power["plain"] - 2 * whole) <= 0.2
-    last = {
-        name: sum(loss for _, loss in r["curve"][-20:]) / 20
-        for name, r in {"plain": plain, "bf16": bf16, "powersgd": power}.items()
+    """Rank 8 is the smallest whose loss stays within 1 %; rank 4 is 1 to 4 % above (docs/training.md)."""
+    # The text that ships with the package: on the few documents of the other tests the loss falls too steeply.
+    common = ("steps=200", "batch_size=16", "optimizer.lr=0.01", "optimizer.name=adamw", "schedule.warmup=20")
+    common = (*common, "data.sources=[]", "model.d_model=64", "model.attention={heads: 4, head_dim: 16}")
+    common = (*common, "model.ffn.hidden=512")
+    ways = {
+        "none": [],
+        "bf16": ["parallel.compress=bf16"],
+        "rank 8": ["parallel.compress=powersgd"],
+        "rank 4": ["parallel.compress=powersgd", "parallel.powersgd_rank=4"],
     }
-    assert last["bf16"] == pytest.approx(last["plain"], rel=0.01)
-    assert last["powersgd"] == pytest.approx(last["plain"], rel=0.01)
+    found = {name: many(tmp_path, 2, *common, *way, out=name) for name, way in ways.items()}
+    share = {name: r["sent"] / r["plain"] for name, r in found.items()}
+    assert share["none"] == 1 and share["bf16"] <= 0.51 and share["rank 8"] <= 0.2 and share["rank 4"] <= 0.1
+    last = {name: sum(loss for _, loss in r["curve"][-20:]) / 20 for name, r in found.items()}
+    assert last["bf16"] == pytest.approx(last["none"], rel=0.01)
+    assert last["rank 8"] == pytest.approx(last["none"], rel=0.01)
+
+
+def sent(folder: str, overrides: tuple[str, ...], options: dict) -> list[float]:
+    """Bytes on the wire over those of the gradients, after each step."""
+    seen = []
+    real = Communication._measured
+
+    def measured(self, hook, bucket):
+        out = real(self, hook, bucket)
+        seen.append((self.sent_bytes, self.plain_bytes))
+        return out
+
+    Communication._measured = measured
+    run(Path(folder), *overrides, **options)
+    return seen
+
+
+def test_powersgd_begins_with_the_third_step(tmp_path):
+    """Two steps travel whole: DDP lays its buckets out anew after the first, and error buffers belong to buckets."""
+    tiny(tmp_path)
+    common = ("steps=4", "parallel.compress=powersgd", "model.ffn.hidden=512")
+    counts = together(2, sent, str(tmp_path), common, {})[0]
+    each = [counts[n][0] - (counts[n - 1][0] if n else 0) for n in range(len(counts))]
+    assert each[0] == each[1] > 3 * each[2] and each[2] == each[3]
 
 
 def test_collectives_are_few(tmp_path):
