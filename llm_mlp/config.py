@@ -345,6 +345,9 @@ class TrainConfig(Config):
     )
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     on_nan: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    deterministic: bool = Field(
+        False, description="only deterministic algorithms, so that the same device gives the same bits (slower)"
+    )
     debug_checks: bool = Field(False, description="check the ops' inputs for NaN and positive decays (slow)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     seed: int = Field(0, ge=0, lt=2**63)

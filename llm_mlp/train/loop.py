@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,10 +119,27 @@ def train(
         raise ConfigError("--resume continues a run's own weights; it cannot be combined with --init-from")
     if stop_after is not None and not 1 <= stop_after <= config.steps:
         raise ConfigError(f"--stop-after {stop_after}: expected a step from 1 to steps = {config.steps}")
-    with open_world(config.parallel, config.device) as world:
+    with open_world(config.parallel, config.device) as world, _deterministic(config.deterministic):
         _check(config, world)
         run = _Run(config, world, resume, init_from, quiet, stop_after, on_step)
         return run.go()
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms, an error where there are none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS asks for it; read when its first handle is made
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _check(config: TrainConfig, world: World) -> None:
