@@ -17,10 +17,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
 from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
+from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.infer import Engine, Event, Request, Start, slots_within
 from llm_mlp.models import LM
-from llm_mlp.serve.chat import ChatTemplate
+from llm_mlp.serve.protocol import Message
 
 log = logging.getLogger("llm_mlp.serve")
 
@@ -237,6 +238,18 @@ class Service:
             raise Refused(400, f"the prompt has {len(ids):,} tokens; {self.settings.max_prompt:,} are read", "prompt")
         return ids
 
+    def chat_ids(self, messages: Sequence[Message], tools: Any, *, begin: bool) -> list[int]:
+        """Ids of a conversation up to where the assistant answers; ``begin`` as for `prompt_ids`.
+
+        Raises:
+            Refused: messages that the template refuses, or that cannot be encoded.
+        """
+        try:
+            ids = self.template.encode([m.plain() for m in messages], tools, generate=True).ids
+        except ValueError as error:  # ChatError, TokenizerError, and parts that are no text
+            raise Refused(400, str(error), "messages") from None
+        return [*([self.tokenizer.eos] if begin else []), *ids]
+
     def context(self, user: str, name: str) -> Context:
         """A stored context, on the model's device.
 
@@ -274,8 +287,12 @@ class Service:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    async def run(self, request: Request, stops: Sequence[str], n: int = 1) -> AsyncIterator[Piece]:
+    async def run(
+        self, request: Request, stops: Sequence[str], n: int = 1, closing: Sequence[int] = ()
+    ) -> AsyncIterator[Piece]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
+
+        ``closing``: ids that a kept state has read behind the answer.
 
         Raises:
             Refused: 504 over time, 500 where the engine failed. `llm_mlp.infer.Full`: the queue is full.
@@ -293,6 +310,7 @@ class Service:
         started = loop.time()
         last = [started] * n
         written, again = [""] * n, [False] * n
+        ends: list[str | None] = [None] * n  # why an answer ended whose closing is being read
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -332,12 +350,21 @@ class Service:
                             tickets.append(self.engine.submit(own, emitter(index)))
                         else:
                             piece.finish = "stop"
+                elif ends[index] is not None:
+                    if event.final is None:
+                        continue
+                    piece.finish = ends[index]
                 elif again[index]:
                     if event.final is None:  # of the request that was stopped
                         continue
                     piece.finish = "stop"
                 elif event.finish is not None:
                     piece.text = text.finish()
+                if piece.final is not None and closing and ends[index] is None:
+                    ends[index] = piece.finish
+                    own = Request(closing, 0, start=piece.final, keep=True)
+                    tickets.append(self.engine.submit(own, emitter(index)))
+                    piece.finish, piece.final = None, None
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
