@@ -165,7 +165,7 @@ def test_a_conversation_goes_on_from_a_context(client, http, model):
     again = client.completions.create(
         model="llm-mlp", prompt=" on", max_tokens=5, temperature=0, extra_body={"context": "talk"}
     )
-    more = greedy(model, [*ids, *want, *tokenizer.encode(" on")], 5)
+    more = greedy(model, [*ids, *want, *tokenizer.encode("\n on")], 5)
     assert again.choices[0].text == tokenizer.decode(more)
 
 
