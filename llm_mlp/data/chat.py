@@ -227,9 +227,9 @@ class ChatTemplate:
         Characters that occur nowhere else mark what has to be found again in the rendered text: ``guard`` breaks the
         spelling of special tokens in what the template is given, ``begin`` and ``end`` enclose answers.
         """
-        given = list(chain(_texts(messages), _texts(tools), [self._source]))
+        used = set(self._source).union(*_texts(messages), *_texts(tools))
         free = (chr(c) for c in chain(range(0xFDD0, 0xFDF0), range(0x100000, 0x10FFFE)))
-        unused = (c for c in free if not any(c in text for text in given))
+        unused = (c for c in free if c not in used)
         guard, begin, end = (next(unused, None) for _ in range(3))
         if guard is None or begin is None or end is None:
             raise ChatError("these messages use every private character of Unicode")

@@ -165,34 +165,6 @@ def test_the_assistants_tokens_count_and_no_others(kind: str, name: str, text: s
     assert shown(chat, found.ids) == text and counted(chat, TALK) == learnt
     assert len(found.ids) == len(found.counted) and found.counted[found.answered - 1]
     assert not any(found.counted[found.answered :])
-    # Token by token: the ids are those of the text's parts, and each part counts as a whole.
-    specials = chat.tokenizer.special_tokens
-    ids: list[int] = []
-    marks: list[bool] = []
-    for piece, own in _cut(text, learnt, specials):
-        part = [specials[piece]] if piece in specials else chat.tokenizer.encode(piece)
-        ids += part
-        marks += [own] * len(part)
-    assert found.ids == ids and found.counted == marks
-
-
-def _cut(text: str, learnt: str, specials: dict[str, int]) -> list[tuple[str, bool]]:
-    """``text`` at special tokens and around answers, by hand."""
-    ends = [name for name in specials if name in learnt]
-    out: list[tuple[str, bool]] = []
-    for answer in learnt.split(ends[0])[:-1]:
-        before, rest = text.split(answer + ends[0], 1)
-        out += [(piece, False) for piece in _at(before, specials)]
-        bare = answer.rstrip()
-        out += [(piece, True) for piece in (bare, answer[len(bare) :], ends[0]) if piece]
-        text = rest
-    return out + [(piece, False) for piece in _at(text, specials)]
-
-
-def _at(text: str, specials: dict[str, int]) -> list[str]:
-    for name in specials:
-        text = text.replace(name, f"\0{name}\0")
-    return [piece for piece in text.split("\0") if piece]
 
 
 # -- training is serving -------------------------------------------------------------------------------------------
@@ -272,7 +244,7 @@ PIECES = st.sampled_from(["<|eos|>", "<|", "eos|>", "|>", "<", ">", "s", "<s>", 
 CONTENTS = st.lists(PIECES, max_size=6).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["trained", "chatml", "glued"]), st.lists(CONTENTS, min_size=2, max_size=6))
 def test_messages_cannot_write_special_tokens(name: str, contents: list[str]) -> None:
     glued = "{% for m in messages %}{{ m.content }}{% endfor %}<|{{ '' }}"

@@ -13,7 +13,6 @@ from serve_cases import serving
 from train_cases import run, tiny
 
 from llm_mlp.checkpoint import load_model, read_tensors
-from llm_mlp.config import ConfigError
 from llm_mlp.context import Reader
 from llm_mlp.data import ChatTemplate, Loader, prepare
 from llm_mlp.data.chat import TRAINED
@@ -153,9 +152,3 @@ def test_a_changed_template_is_not_resumed(tmp_path):
     mine.write_text(TRAINED.replace(":\\n", "> "))
     with pytest.raises(ValueError, match="the data differ from those the run was started with .chat_template: "):
         run(tmp_path, *overrides, resume=True)
-
-
-def test_records_need_a_state_that_starts_afresh(tmp_path):
-    for packing in ("joined", "streams"):
-        with pytest.raises(ConfigError, match=f"packing = {packing} would let .*; set packing: reset"):
-            tiny(tmp_path, *records(tmp_path, f"data.packing={packing}"))
