@@ -3,14 +3,11 @@ it was trained on."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import openai
 import pytest
 import torch
 from serve_cases import serving
-from train_cases import run, tiny
+from train_cases import ANSWERS, records, run, tiny, write_records
 
 from llm_mlp.checkpoint import load_model, read_tensors
 from llm_mlp.context import Reader
@@ -18,28 +15,6 @@ from llm_mlp.data import ChatTemplate, Loader, prepare
 from llm_mlp.data.chat import TRAINED
 from llm_mlp.infer import Sampling
 from llm_mlp.serve.talk import Talk
-
-ANSWERS = {"sea": "blue", "sun": "warm", "barn": "red", "mat": "flat"}
-
-
-def write_records(folder: Path) -> Path:
-    """What each thing is, asked in several ways; and conversations about two of them."""
-    path = folder / "records.jsonl"
-    if not path.exists():
-        rows: list[dict] = []
-        for thing, answer in ANSWERS.items():
-            for question in ("{}?", "the {}?", "how is the {}?", "and the {}?"):
-                rows.append({"prompt": question.format(thing), "completion": answer})
-            for other, second in ANSWERS.items():
-                words = [("user", f"{thing}?"), ("assistant", answer), ("user", f"{other}?"), ("assistant", second)]
-                rows.append({"messages": [{"role": role, "content": content} for role, content in words]})
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def records(folder: Path, *more: str) -> tuple[str, ...]:
-    source = f"data.sources=[{{path: '{write_records(folder)}', format: instruct}}]"
-    return (source, "data.packing=reset", "data.seq_len=64", "data.held_out=0.1", *more)
 
 
 def test_learns_and_answers_over_http(tmp_path):
