@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
-from llm_mlp.infer import Engine, Event, Request, Start, slots_within
+from llm_mlp.infer import Engine, Event, Request, Start, read_tokens, slots_within
 from llm_mlp.models import LM
 from llm_mlp.serve.protocol import Message
 
@@ -310,7 +311,6 @@ class Service:
         started = loop.time()
         last = [started] * n
         written, again = [""] * n, [False] * n
-        ends: list[str | None] = [None] * n  # why an answer ended whose closing is being read
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -350,21 +350,14 @@ class Service:
                             tickets.append(self.engine.submit(own, emitter(index)))
                         else:
                             piece.finish = "stop"
-                elif ends[index] is not None:
-                    if event.final is None:
-                        continue
-                    piece.finish = ends[index]
                 elif again[index]:
                     if event.final is None:  # of the request that was stopped
                         continue
                     piece.finish = "stop"
                 elif event.finish is not None:
                     piece.text = text.finish()
-                if piece.final is not None and closing and ends[index] is None:
-                    ends[index] = piece.finish
-                    own = Request(closing, 0, start=piece.final, keep=True)
-                    tickets.append(self.engine.submit(own, emitter(index)))
-                    piece.finish, piece.final = None, None
+                if piece.final is not None and closing:
+                    piece.final = await self.between_steps(partial(self._read_on, piece.final, closing))
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
@@ -375,6 +368,12 @@ class Service:
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
+
+    def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
+        """A few ids more. Not a request of its own: that would wait behind all others, or find the queue full."""
+        state, logits = read_tokens(self.model, ids, start.state, position=len(start.tokens))
+        tokens = torch.cat([torch.as_tensor(start.tokens), torch.tensor(ids, dtype=torch.int32)])
+        return Start(tokens, state, logits)
 
     def embed(self, ids: list[int]) -> torch.Tensor:
         """The mean of the final normed hidden states, of length 1, float32."""
