@@ -183,6 +183,25 @@ class SourceConfig(Config):
     path: str = Field(min_length=1, description="file, folder, glob, or hf:NAME[:SPLIT] with the `hf` extra installed")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
     text_field: str = Field("text", description="field of JSON lines, Parquet and Hugging Face records")
+    format: Literal["text", "instruct"] = Field(
+        "text", description="instruct: records of a prompt and its completion, or chats; the loss is on the answers"
+    )
+    prompt_field: str = Field("prompt", description="instruct: field or TSV column of what is asked")
+    completion_field: str = Field("completion", description="instruct: field or TSV column of what is answered")
+    messages_field: str = Field(
+        "messages", description="instruct: field of a chat, a list of {role, content}; a record with it is one"
+    )
+    columns: tuple[str, ...] = Field(
+        (), description="instruct: names of a TSV's columns where its first row is a record already"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.columns and self.format != "instruct":
+            raise ValueError("columns names the columns of instruction records; set format: instruct")
+        if twice := sorted({name for name in self.columns if self.columns.count(name) > 1}):
+            raise ValueError(f"columns names {twice[0]!r} twice")
+        return self
 
 
 class DataConfig(Config):
@@ -206,11 +225,20 @@ class DataConfig(Config):
     )
     cache_dir: str = Field("data", min_length=1, description="folder for tokenised shards")
     seed: int = Field(0, ge=0, lt=2**63)
+    chat_template: str = Field(
+        "",
+        description="a Jinja file; empty: the one in the folder of the tokenizer (or of --init-from), else, for "
+        "instruction records, a plain one that ends each answer with the separator",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.tokenizer == "bpe" and self.vocab_size > 2**20:
             raise ValueError(f"vocab_size = {self.vocab_size} is too large")
+        if self.packing != "reset" and any(source.format == "instruct" for source in self.sources):
+            raise ValueError(
+                f"packing = {self.packing} would let instruction records read each other; set packing: reset"
+            )
         return self
 
 

@@ -68,9 +68,9 @@ def train(
         speed = f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens else "finished before"
         scored = result.evaluations and result.evaluations[-1][0] == result.steps
         quality = f"held-out {result.bits_per_byte:.4f} bits per byte" if scored else "nothing held out"
-        typer.echo(
-            f"{result.steps} steps, {speed}, {quality}\nllm-mlp generate --model {result.out} --prompt 'The old man'"
-        )
+        instruct = any(source.format == "instruct" for source in settings.data.sources)
+        verb = f"chat --model {result.out}" if instruct else f"generate --model {result.out} --prompt 'The old man'"
+        typer.echo(f"{result.steps} steps, {speed}, {quality}\nllm-mlp {verb}")
 
 
 @app.command()

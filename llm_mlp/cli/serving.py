@@ -70,8 +70,8 @@ def serve(
         import torch
         import uvicorn
 
+        from llm_mlp.data.chat import ChatError, ChatTemplate
         from llm_mlp.serve import Service, Settings, create_app
-        from llm_mlp.serve.chat import ChatError, ChatTemplate
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'llm-mlp[serve]'") from None
     keys = read_keys(api_keys)
@@ -87,7 +87,7 @@ def serve(
     keep_freed_memory()
     lm, tokenizer = load_model(model, device=pick_device(device), dtype=None if dtype == "fp32" else DTYPES[dtype])
     try:
-        template = ChatTemplate.load(resolve(model))
+        template = ChatTemplate(tokenizer)
     except ChatError as error:
         raise ConfigError(str(error)) from None
     folder = resolve(model).absolute()
@@ -142,14 +142,14 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. /undo takes the last exchange back, /save NAME keeps the conversation as a
     context, /quit (or Ctrl-D) ends."""
-    from llm_mlp.checkpoint import load_model, resolve
+    from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ConfigError
     from llm_mlp.context import ContextError, Reader, Store
     from llm_mlp.device import pick_device
     from llm_mlp.infer import Sampling
 
     try:
-        from llm_mlp.serve.chat import ChatError, ChatTemplate
+        from llm_mlp.data.chat import ChatError, ChatTemplate
         from llm_mlp.serve.talk import Talk
     except ImportError as error:
         raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
@@ -158,7 +158,7 @@ def chat(
     lm, tokenizer = load_model(model, device=pick_device(device))
     reader = Reader(lm, tokenizer)
     try:
-        template = ChatTemplate.load(resolve(model))
+        template = ChatTemplate(tokenizer)
         base = Store(store).get(context, reader) if context else None
         talk = Talk(reader, template, base, system)
     except ChatError as error:

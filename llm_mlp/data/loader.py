@@ -5,12 +5,16 @@ but permutations is computed: a batch is read from the memory-mapped tokens.
 
 A source's documents, in the shuffled order of an epoch, make one sequence ``eos doc eos doc ... doc eos``. Sample
 ``w`` of an epoch predicts its positions ``w*T + 1 .. w*T + T``; so each token is predicted once an epoch.
+
+Instruction records are not cut into windows: a sample is a row of whole records, each a sequence of its own that
+starts with an eos, and only what the assistant writes is predicted. Each record is read once an epoch.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_mlp.config import DataConfig
+from llm_mlp.config import ConfigError, DataConfig
 from llm_mlp.data.shards import Dataset, TokenData
 from llm_mlp.data.sources import DataError
 
@@ -89,9 +93,27 @@ class Concatenation:
         out[boundaries] = self._eos
         return filled, boundaries
 
+    def window(self, number: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Window ``number`` into ``tokens`` and ``targets`` [T]; where in them the eos of documents stand."""
+        row = np.empty(len(tokens) + 1, dtype=np.int64)
+        filled, boundaries = self.read(number * len(tokens), row)
+        tokens[:], targets[:] = row[:-1], row[1:]
+        targets[filled - 1 :] = IGNORED
+        return boundaries
 
-class _Shuffled:
-    """One source's windows, shuffled anew every epoch."""
+
+class _Source(ABC):
+    """The samples of one source, shuffled anew every epoch."""
+
+    per_epoch: int
+
+    @abstractmethod
+    def read(self, sample: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Fill ``tokens`` and ``targets`` [T]; returns where in them documents (or what is empty) start."""
+
+
+class _Shuffled(_Source):
+    """Windows over texts."""
 
     def __init__(self, data: TokenData, seq_len: int, seed: int, number: int, eos: int) -> None:
         self._data, self._length, self._eos, self._key = data, seq_len, eos, (seed, number)
@@ -107,10 +129,96 @@ class _Shuffled:
             self._epochs = {**{e: known for e, known in self._epochs.items() if abs(e - epoch) == 1}, epoch: made}
         return self._epochs[epoch]
 
-    def read(self, sample: int, out: np.ndarray) -> tuple[int, np.ndarray]:
+    def read(self, sample: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         epoch, window = divmod(sample, self.per_epoch)
         text, order = self._epoch(epoch)
-        return text.read(int(order[window]) * self._length, out)
+        return text.window(int(order[window]), tokens, targets)
+
+
+class _InOrder(_Source):
+    """Windows over texts as they are stored, the same in every epoch."""
+
+    def __init__(self, data: TokenData, seq_len: int, eos: int) -> None:
+        self._text = Concatenation(data, np.arange(data.documents), eos)
+        self.per_epoch = self._text.windows(seq_len)
+
+    def read(self, sample: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return self._text.window(sample % self.per_epoch, tokens, targets)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Rows of ``capacity`` for things of ``lengths`` (longest first): the row of each, and how many rows there are.
+
+    Each goes where the least room is left that it fits in. Longest first, little stays empty.
+    """
+    rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left in them
+    some, count = 0, 0  # bit r: there is a row with room r
+    out = np.empty(len(lengths), dtype=np.int64)
+    for n, length in enumerate(lengths.tolist()):
+        fitting = some >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows[room].pop()
+            if not rows[room]:
+                some ^= 1 << room
+        else:
+            row, room, count = count, capacity, count + 1
+        out[n] = row
+        if room > length:
+            rows[room - length].append(row)
+            some |= 1 << (room - length)
+    return out, count
+
+
+class _Records(_Source):
+    """Rows of whole instruction records.
+
+    Which lengths share a row is decided once, over all records, so that an epoch has as many rows as any other and
+    a sample's epoch is a division. An epoch deals out the records of each length anew, and shuffles the rows.
+    What else is in a row makes no difference to a record.
+    """
+
+    def __init__(self, data: TokenData, seq_len: int, seed: int, number: int, eos: int) -> None:
+        self._data, self._length, self._eos, self._key = data, seq_len, eos, (seed, number)
+        lengths = np.diff(data.offsets)
+        self.cut = np.flatnonzero(lengths > seq_len)
+        self.left_out = np.array([i for i in self.cut.tolist() if not data.counted(i)[:seq_len].any()], dtype=np.int64)
+        self.cut = np.setdiff1d(self.cut, self.left_out)
+        self.records = np.setdiff1d(np.arange(data.documents), self.left_out)
+        self._lengths = np.minimum(lengths, seq_len)
+        row_of, self.per_epoch = _best_fit(np.sort(self._lengths[self.records])[::-1], seq_len)
+        # Of each row the places, in the order of falling length, whose records it holds.
+        self._places = np.split(np.argsort(row_of, kind="stable"), np.cumsum(np.bincount(row_of))[:-1])
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows that holds tokens."""
+        return float(self._lengths[self.records].sum()) / max(1, self.per_epoch * self._length)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The records by falling length, those of one length in any order; the rows in any order."""
+        if epoch not in self._epochs:
+            seed, number = self._key
+            records = self.records[permutation(len(self.records), seed, epoch, number, 0)]
+            records = records[np.argsort(-self._lengths[records], kind="stable")]
+            made = records, permutation(self.per_epoch, seed, epoch, number, 1)
+            self._epochs = {**{e: known for e, known in self._epochs.items() if abs(e - epoch) == 1}, epoch: made}
+        return self._epochs[epoch]
+
+    def read(self, sample: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        epoch, place = divmod(sample, self.per_epoch)
+        records, order = self._epoch(epoch)
+        tokens[:], targets[:] = self._eos, IGNORED
+        starts, at = [], 0
+        for record in records[self._places[order[place]]].tolist():
+            n = int(self._lengths[record])
+            ids, counted = self._data.document(record)[:n], self._data.counted(record)[:n]
+            starts.append(at)
+            tokens[at + 1 : at + n] = ids[:-1]  # behind the eos that starts a text
+            targets[at : at + n][counted] = ids[counted]
+            at += n
+        return np.array([*starts, at], dtype=np.int64)
 
 
 class _Streams:
@@ -220,7 +328,8 @@ class Loader:
         self._length, self._packing = data_config.seq_len, data_config.packing
         eos, seed = dataset.tokenizer.eos, data_config.seed
         self._mixture = _Mixture(dataset.weights, seed)
-        self._shuffled = [_Shuffled(d, self._length, seed, n, eos) for n, d in enumerate(dataset.train)]
+        self._shuffled = [_source(d, self._length, seed, n, eos) for n, d in enumerate(dataset.train)]
+        self._check_records(dataset)
         self._streams: list[tuple[_Streams, int]] = []  # of every stream, its source's streams and its place in them
         samples = steps_hint * batch_size
         if self._packing == "streams":
@@ -244,6 +353,29 @@ class Loader:
         if self._packing == "streams":
             self._parts["batch_size"] = batch_size  # the number of streams
 
+    def _check_records(self, dataset: Dataset) -> None:
+        """Say how records are packed and what does not fit; `ConfigError` where they cannot be trained on."""
+        for name, source, data in zip(dataset.names, self._shuffled, dataset.train, strict=True):
+            if not isinstance(source, _Records):
+                continue
+            if self._packing != "reset":
+                raise ConfigError(
+                    f"{name}: data.packing = {self._packing} would let instruction records read each other; set "
+                    "data.packing: reset"
+                )
+            for records, what in (
+                (source.cut, f"are longer than seq_len = {self._length} and lose the end of their answers"),
+                (source.left_out, f"are left out, as their answers begin behind seq_len = {self._length}"),
+            ):
+                if len(records):
+                    ids = ", ".join(data.doc_ids[i] for i in records[:5].tolist())
+                    logger.info("%s: %d records %s (%s%s)", name, len(records), what, ids, " ..." * (len(records) > 5))
+            if not len(source.records):
+                raise DataError(f"{name}: all answers begin behind seq_len = {self._length}; raise data.seq_len")
+            rows, fill = source.per_epoch, 100 * source.fill
+            logger.info("%s: %d records in %d rows, %.1f %% filled", name, len(source.records), rows, fill)
+        _held_out_rows(dataset, self._length)  # evaluation would find out only after many steps
+
     # -- any sample --------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> Batch:
@@ -257,18 +389,9 @@ class Loader:
         return self._stream_samples(start, count) if self._packing == "streams" else self._mixed_samples(start, count)
 
     def _mixed_samples(self, start: int, count: int) -> Batch:
-        rows = np.empty((count, self._length + 1), dtype=np.int64)
-        filled, boundaries = np.empty(count, dtype=np.int64), []
-        for row in range(count):
-            source, local = self._mixture(start + row)
-            filled[row], found = self._shuffled[source].read(local, rows[row])
-            boundaries.append(found)
-        tokens, targets = _shifted(rows, filled)
+        rows = [(self._shuffled[source], local) for source, local in map(self._mixture, range(start, start + count))]
         ids = list(range(start, start + count))
-        if self._packing == "joined":
-            return Batch(tokens, targets, None, None, None, ids)
-        cu_seqlens, _ = _cu_seqlens(boundaries, self._length)
-        return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, None, None, ids)
+        return _batch(rows, self._length, ids, packed=self._packing == "reset")
 
     def _stream_samples(self, start: int, count: int) -> Batch:
         if count > self.batch_size:
@@ -285,7 +408,7 @@ class Loader:
             boundaries.append(found)
             fresh.append(bool(len(found)) and found[0] == 0)
             places.append(stream)
-        tokens, targets = _shifted(rows, np.full(count, self._length + 1))
+        tokens, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
         cu_seqlens, firsts = _cu_seqlens(boundaries, self._length)
         carried, last = [-1] * (len(cu_seqlens) - 1), [-1] * self.batch_size
         for row, stream in enumerate(places):
@@ -336,14 +459,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:13]}..."
 
 
-def _shifted(rows: np.ndarray, filled: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets of rows [B, T + 1] of which the first ``filled`` are there."""
-    targets = rows[:, 1:].copy()
-    for row in np.flatnonzero(filled < rows.shape[1]):
-        targets[row, filled[row] - 1 :] = IGNORED
-    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets)
-
-
 def _cu_seqlens(boundaries: list[np.ndarray], length: int) -> tuple[torch.Tensor, list[int]]:
     """Starts of the sequences in rows laid end to end, and the number of each row's first sequence (and the total)."""
     parts, firsts = [], [0]
@@ -355,32 +470,61 @@ def _cu_seqlens(boundaries: list[np.ndarray], length: int) -> tuple[torch.Tensor
     return torch.from_numpy(np.concatenate(parts).astype(np.int32)), firsts
 
 
+def _batch(rows: list[tuple[_Source, int]], length: int, ids: list[int], *, packed: bool) -> Batch:
+    """The given samples of sources; ``packed``: each document in them is a sequence of its own."""
+    tokens, targets = np.empty((2, len(rows), length), dtype=np.int64)
+    boundaries = [source.read(n, tokens[row], targets[row]) for row, (source, n) in enumerate(rows)]
+    shape = (1, -1) if packed else (len(rows), length)
+    cu_seqlens = _cu_seqlens(boundaries, length)[0] if packed else None
+    return Batch(
+        torch.from_numpy(tokens).view(shape), torch.from_numpy(targets).view(shape), cu_seqlens, None, None, ids
+    )
+
+
+def _source(data: TokenData, seq_len: int, seed: int, number: int, eos: int) -> _Source:
+    return (_Shuffled if data.mask is None else _Records)(data, seq_len, seed, number, eos)
+
+
+def _held_out_rows(dataset: Dataset, seq_len: int) -> list[tuple[_Source, int]]:
+    """All samples of the held-out part."""
+    eos = dataset.tokenizer.eos
+    sources: list[_Source] = [
+        _InOrder(data, seq_len, eos) if data.mask is None else _Records(data, seq_len, 0, number, eos)
+        for number, data in enumerate(dataset.held_out)
+    ]
+    rows = [(source, n) for source in sources for n in range(source.per_epoch)]
+    if not rows and any(data.documents for data in dataset.held_out):
+        raise DataError(
+            f"no held-out record's answer begins within seq_len = {seq_len}; raise data.seq_len or data.held_out, or "
+            "hold nothing out (held_out: 0)"
+        )
+    return rows
+
+
 def held_out_batches(
     dataset: Dataset, *, seq_len: int, batch_size: int, max_tokens: int
 ) -> Iterator[tuple[Batch, int]]:
     """The held-out documents in their stored order, each behind an eos; with each batch the bytes of its targets.
 
     If there are more than ``max_tokens``, evenly spaced windows are taken, the same every time. A source's last
-    window may be shorter (its other targets do not count). An eos counts no bytes.
+    window may be shorter (its other targets do not count). An eos counts no bytes. Instruction records come packed in
+    rows, in batches of their own; only what the assistant writes is a target.
     """
-    eos = dataset.tokenizer.eos
-    texts = [Concatenation(data, np.arange(data.documents), eos) for data in dataset.held_out]
-    windows = [(text, w * seq_len) for text in texts for w in range(text.windows(seq_len))]
-    if not windows:
+    rows = _held_out_rows(dataset, seq_len)
+    if not rows:
         raise DataError("no held-out documents; set held_out above 0 (and have at least two documents)")
     wanted = max(1, max_tokens // seq_len)
-    if wanted < len(windows):
-        windows = [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]
-    return _held_out(windows, seq_len, batch_size, dataset.tokenizer.token_bytes)
+    if wanted < len(rows):
+        rows = [rows[(2 * i + 1) * len(rows) // (2 * wanted)] for i in range(wanted)]
+    return _held_out(rows, seq_len, batch_size, dataset.tokenizer.token_bytes)
 
 
 def _held_out(
-    windows: list[tuple[Concatenation, int]], seq_len: int, batch_size: int, token_bytes: np.ndarray
+    rows: list[tuple[_Source, int]], seq_len: int, batch_size: int, token_bytes: np.ndarray
 ) -> Iterator[tuple[Batch, int]]:
-    for begin in range(0, len(windows), batch_size):
-        part = windows[begin : begin + batch_size]
-        rows = np.empty((len(part), seq_len + 1), dtype=np.int64)
-        filled = np.array([text.read(start, row)[0] for (text, start), row in zip(part, rows, strict=True)])
-        tokens, targets = _shifted(rows, filled)
-        size = int(token_bytes[targets[targets != IGNORED].numpy()].sum())
-        yield Batch(tokens, targets, None, None, None, list(range(begin, begin + len(part)))), size
+    for packed in (False, True):
+        own = [row for row in rows if isinstance(row[0], _Records) == packed]
+        for begin in range(0, len(own), batch_size):
+            part = own[begin : begin + batch_size]
+            batch = _batch(part, seq_len, list(range(begin, begin + len(part))), packed=packed)
+            yield batch, int(token_bytes[batch.targets[batch.targets != IGNORED].numpy()].sum())

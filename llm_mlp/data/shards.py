@@ -2,7 +2,8 @@
 
 A cache folder holds ``manifest.json``, ``tokenizer.json`` and, for source ``i`` and each split, ``i-train.tokens``
 (the documents' tokens one after another, no separators), ``i-train.offsets`` (int64 [documents + 1]) and
-``i-train.ids`` (JSON lines). The manifest is written last, so a folder without one is not finished.
+``i-train.ids`` (JSON lines); of instruction records also ``i-train.mask`` (uint8 [tokens]: what the assistant writes).
+The manifest is written last, so a folder without one is not finished.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm_mlp.config import DataConfig, SourceConfig
+from llm_mlp.data.chat import TRAINED, ChatError, ChatTemplate
 from llm_mlp.data.sources import DataError, Document, is_hugging_face, read_documents, sample_source, source_files
-from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.data.tokenizer import Tokenizer, read_template
 
 logger = logging.getLogger("llm_mlp.data")
 
@@ -44,8 +46,10 @@ class TokenData:
     tokens: np.ndarray
     offsets: np.ndarray
     bytes: int
-    """UTF-8 bytes of all the documents."""
+    """UTF-8 bytes of all the documents; of instruction records, of their contents."""
     ids_file: Path | None = None
+    mask: np.ndarray | None = None
+    """Of instruction records, uint8 [tokens]: 1 where the assistant writes the token, so that it is learnt."""
 
     @property
     def documents(self) -> int:
@@ -60,6 +64,11 @@ class TokenData:
     def document(self, i: int) -> np.ndarray:
         """The tokens of document ``i``."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def counted(self, i: int) -> np.ndarray:
+        """Which tokens of record ``i`` the assistant writes, bool."""
+        assert self.mask is not None
+        return self.mask[self.offsets[i] : self.offsets[i + 1]].astype(bool)
 
 
 @dataclass(frozen=True)
@@ -215,25 +224,30 @@ def _split(sources: tuple[SourceConfig, ...], scans: list[_Scan], held_out: floa
 class _Writer:
     """One split of one source."""
 
-    def __init__(self, folder: Path, name: str, dtype: Any) -> None:
+    def __init__(self, folder: Path, name: str, dtype: Any, masked: bool) -> None:
         self._dtype, self._folder, self._name = dtype, folder, name
         self._tokens = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115 (closed by close)
+        self._mask = open(folder / f"{name}.mask", "wb") if masked else None  # noqa: SIM115
         self._ids = open(folder / f"{name}.ids", "w", encoding="utf8")  # noqa: SIM115
         self._offsets = array("q", [0])
         self._bytes = 0
 
-    def add(self, ids: list[int], document: Document) -> None:
+    def add(self, ids: list[int], document: Document, counted: list[bool] | None = None) -> None:
         np.asarray(ids, dtype=self._dtype).tofile(self._tokens)
+        if self._mask is not None:
+            np.asarray(counted, dtype=np.uint8).tofile(self._mask)
         self._ids.write(json.dumps(document.id) + "\n")
         self._offsets.append(self._offsets[-1] + len(ids))
-        self._bytes += len(document.text.encode())
+        self._bytes += len(document.contents.encode())
 
     def close(self) -> dict[str, int]:
         """Finish the files; what the manifest says of them."""
-        self._tokens.close()
-        self._ids.close()
+        for file in (self._tokens, self._mask, self._ids):
+            if file is not None:
+                file.close()
         np.asarray(self._offsets, dtype=np.int64).tofile(self._folder / f"{self._name}.offsets")
-        sizes = {kind: (self._folder / f"{self._name}.{kind}").stat().st_size for kind in ("tokens", "offsets", "ids")}
+        kinds = ("tokens", "offsets", "ids", *(["mask"] if self._mask is not None else []))
+        sizes = {kind: (self._folder / f"{self._name}.{kind}").stat().st_size for kind in kinds}
         return {"documents": len(self._offsets) - 1, "tokens": self._offsets[-1], "bytes": self._bytes, **{
             f"{kind}_size": size for kind, size in sizes.items()
         }}  # fmt: skip
@@ -256,13 +270,19 @@ def _tokenise(
     folder: Path, index: int, source: SourceConfig, scan: _Scan, split: _Split, tokenizer: Tokenizer, progress: bool
 ) -> dict[str, Any]:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    writers = {name: _Writer(folder, f"{index}-{name}", dtype) for name in SPLITS}
+    template = _usable_template(tokenizer) if source.format == "instruct" else None
+    writers = {name: _Writer(folder, f"{index}-{name}", dtype, template is not None) for name in SPLITS}
     with _progress(progress) as bar:
         task = bar.add_task(f"tokenising {source.path} (bytes)", total=scan.bytes)
         for batch in _batches(read_documents(source, quiet=True)):
-            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+            rows: Iterable[tuple[list[int], list[bool] | None]]
+            if template is None:
+                rows = ((ids, None) for ids in tokenizer.encode_batch([d.text for d in batch]))
+            else:
+                rows = _encoded(batch, template)
+            for document, (ids, counted) in zip(batch, rows, strict=True):
                 data = document.text.encode()
-                writers["held_out" if split.held_out(data) else "train"].add(ids, document)
+                writers["held_out" if split.held_out(data) else "train"].add(ids, document, counted)
                 bar.advance(task, len(data))
     counts = {name: writer.close() for name, writer in writers.items()}
     if counts["train"]["documents"] + counts["held_out"]["documents"] != scan.documents or not all(
@@ -271,11 +291,32 @@ def _tokenise(
         raise DataError(f"{source.path}: changed while it was being read; try again when nothing writes to it")
     return {
         "path": source.path,
-        "text_field": source.text_field,
+        **({"text_field": source.text_field} if template is None else {"format": "instruct"}),
         "content": scan.content,
         "files": [asdict(record) for record in scan.files],
         **counts,
     }
+
+
+def _usable_template(tokenizer: Tokenizer) -> ChatTemplate:
+    try:
+        template = ChatTemplate(tokenizer)
+        template.check()
+    except ChatError as error:
+        raise DataError(f"{error}; name another with data.chat_template") from None
+    return template
+
+
+def _encoded(batch: list[Document], template: ChatTemplate) -> Iterator[tuple[list[int], list[bool]]]:
+    """Ids of conversations up to the end of the last answer, and which of them the assistant writes."""
+    try:
+        found = template.encode_batch([document.messages for document in batch])
+    except ChatError as error:
+        raise DataError(f"{batch[error.number].id}: {error}") from None
+    for document, row in zip(batch, found, strict=True):
+        if not row.answered:
+            raise DataError(f"{document.id}: the chat template changes an answer of this record, or leaves it out")
+        yield row.ids[: row.answered], row.counted[: row.answered]
 
 
 def _training_sample(
@@ -288,7 +329,8 @@ def _training_sample(
             data = document.text.encode()
             if split.held_out(data):
                 continue
-            yield document.text if len(data) <= left else data[:left].decode("utf8", "ignore")
+            data = document.contents.encode()
+            yield document.contents if len(data) <= left else data[:left].decode("utf8", "ignore")
             left -= len(data)
             if left <= 0:
                 break
@@ -297,13 +339,31 @@ def _training_sample(
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _folder_for(config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None) -> Path:
+def _chat_source(config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None) -> str | None:
+    """The chat template of a run: the one named, else the tokenizer's own, else ours if there are conversations."""
+    if config.chat_template:
+        return read_template(Path(config.chat_template))
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    return TRAINED if any(source.format == "instruct" for source in sources) else None
+
+
+def _folder_for(
+    config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None, chat: str | None
+) -> Path:
     if tokenizer is not None:
         kind: list[Any] = ["tokenizer", tokenizer.fingerprint()]
     else:
         kind = ["bpe", config.vocab_size, config.tokenizer_sample_mb, [source.weight for source in sources]]
+    names = tokenizer.token_names if tokenizer else {}
     paths = [
-        [s.path if is_hugging_face(s) else str(Path(s.path).expanduser().absolute()), s.text_field] for s in sources
+        [
+            s.path if is_hugging_face(s) else str(Path(s.path).expanduser().absolute()),
+            s.text_field
+            if s.format == "text"
+            else [s.prompt_field, s.completion_field, s.messages_field, s.columns, _hash([chat, names])],
+        ]
+        for s in sources
     ]
     return Path(config.cache_dir) / _hash([FORMAT_VERSION, kind, paths, config.held_out])[:16]
 
@@ -354,7 +414,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _map(folder: Path, name: str, entry: dict[str, int], dtype: Any) -> TokenData:
-    for kind in ("tokens", "offsets", "ids"):
+    masked = "mask_size" in entry
+    for kind in ("tokens", "offsets", "ids", *(["mask"] if masked else [])):
         path = folder / f"{name}.{kind}"
         size = path.stat().st_size if path.is_file() else -1
         if size != entry[f"{kind}_size"]:
@@ -366,10 +427,22 @@ def _map(folder: Path, name: str, entry: dict[str, int], dtype: Any) -> TokenDat
     offsets = np.memmap(folder / f"{name}.offsets", dtype=np.int64, mode="r")
     if offsets[-1] != len(mapped) or len(offsets) != entry["documents"] + 1:
         raise DataError(f"{tokens}: does not fit its offsets; delete the folder {folder} to tokenise again")
-    return TokenData(mapped, offsets, entry["bytes"], folder / f"{name}.ids")
+    mask = None
+    if masked:
+        mask = np.memmap(folder / f"{name}.mask", np.uint8, "r") if entry["tokens"] else np.empty(0, np.uint8)
+        if len(mask) != len(mapped):
+            raise DataError(f"{folder / name}.mask: does not fit its tokens; delete the folder {folder}")
+    return TokenData(mapped, offsets, entry["bytes"], folder / f"{name}.ids", mask)
 
 
-def _open(folder: Path, manifest: dict[str, Any], config: DataConfig, sources: tuple[SourceConfig, ...]) -> Dataset:
+def _open(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: DataConfig,
+    sources: tuple[SourceConfig, ...],
+    given: Tokenizer | None,
+    chat: str | None,
+) -> Dataset:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint() != manifest["tokenizer"]:
         raise DataError(f"{folder}/tokenizer.json: not the one the text was tokenised with; delete the folder {folder}")
@@ -379,11 +452,20 @@ def _open(folder: Path, manifest: dict[str, Any], config: DataConfig, sources: t
         for split in SPLITS
     )
     parts = {
-        "sources": _hash([[entry["content"], entry["text_field"]] for entry in manifest["sources"]]),
+        "sources": _hash([[e["content"], e.get("text_field", "")] for e in manifest["sources"]]),
         "tokenizer": manifest["tokenizer"],
         "held_out": repr(config.held_out),
     }
+    if _has_records(manifest):
+        parts["chat_template"] = _hash([tokenizer.chat_template, tokenizer.token_names])
+    else:
+        # Tokenised texts do not depend on a chat template; a run carries the one of the tokenizer it was given.
+        tokenizer = (given or tokenizer).with_chat_template(chat)
     return Dataset(tokenizer, train, held_out, _weights(sources), [s.path for s in sources], parts, folder)
+
+
+def _has_records(manifest: dict[str, Any]) -> bool:
+    return any(entry.get("format") == "instruct" for entry in manifest["sources"])
 
 
 def _weights(sources: tuple[SourceConfig, ...]) -> list[float]:
@@ -392,7 +474,12 @@ def _weights(sources: tuple[SourceConfig, ...]) -> list[float]:
 
 
 def _build(
-    folder: Path, config: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer | None, progress: bool
+    folder: Path,
+    config: DataConfig,
+    sources: tuple[SourceConfig, ...],
+    tokenizer: Tokenizer | None,
+    chat: str | None,
+    progress: bool,
 ) -> None:
     threshold = int(config.held_out * 2**64)
     scans = [_scan(source, threshold, progress) for source in sources]
@@ -408,6 +495,7 @@ def _build(
         if tokenizer is None:
             sample = _training_sample(sources, _weights(sources), splits, config.tokenizer_sample_mb)
             tokenizer = Tokenizer.train(sample, config.vocab_size, progress=progress and sys.stderr.isatty())
+        tokenizer = tokenizer.with_chat_template(chat)
         tokenizer.save(temporary)
         entries = [
             _tokenise(temporary, i, source, scan, split, tokenizer, progress)
@@ -438,18 +526,31 @@ def _open_prepared(folder: Path, config: DataConfig, tokenizer: Tokenizer | None
     if manifest is None:
         raise DataError(f"{folder}: not a folder of prepared data (no manifest.json of format {FORMAT_VERSION})")
     entries = manifest["sources"]
-    sources = config.sources or tuple(SourceConfig(path=entry["files"][0]["path"]) for entry in entries)
+    formats = [entry.get("format", "text") for entry in entries]
+    sources = config.sources or tuple(
+        SourceConfig(path=entry["files"][0]["path"], format=form) for entry, form in zip(entries, formats, strict=True)
+    )
     if len(sources) != len(entries):
         raise DataError(f"{folder}: holds {len(entries)} sources, the config names {len(sources)}")
+    if [source.format for source in sources] != formats:
+        raise DataError(f"{folder}: holds sources of format {', '.join(formats)}; the config names others")
     if tokenizer is not None and tokenizer.fingerprint() != manifest["tokenizer"]:
         raise DataError(f"{folder}: was tokenised with another tokenizer than the checkpoint's")
-    return _open(folder, manifest, config, sources)
+    chat = _chat_source(config, (), tokenizer)
+    if _has_records(manifest) and chat not in (None, Tokenizer.load(folder).chat_template):
+        whose = "data.chat_template" if config.chat_template else "the checkpoint's"
+        raise DataError(f"{folder}: was tokenised with another chat template than {whose}; prepare it again with that")
+    return _open(folder, manifest, config, sources, tokenizer, chat)
 
 
 def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: bool = True) -> Dataset:
     """Open the tokenised data of ``config``; tokenise first what is new or has changed.
 
-    ``tokenizer``, that of a run to resume or to start from, stands in for the configured one.
+    ``tokenizer``, that of a run to resume or to start from, stands in for the configured one. The data set's tokenizer
+    carries the chat template of the run.
+
+    Raises:
+        DataError, TokenizerError: naming the file (and line).
     """
     if config.prepared:
         return _open_prepared(Path(config.prepared), config, tokenizer)
@@ -457,20 +558,21 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress:
     wanted = tokenizer
     if wanted is None:
         wanted = _configured_tokenizer(config)
-    folders = [_folder_for(config, sources, wanted)]
+    chat = _chat_source(config, sources, wanted)
+    folders = [_folder_for(config, sources, wanted, chat)]
     if tokenizer is not None and config.tokenizer == "bpe":
         # A resumed run brings the tokenizer that was trained here: its cache serves.
-        folders.insert(0, _folder_for(config, sources, None))
+        folders.insert(0, _folder_for(config, sources, None, chat))
     for folder in folders:
         manifest = _read_manifest(folder)
         if manifest is None or (wanted is not None and manifest["tokenizer"] != wanted.fingerprint()):
             continue
         changed = _changes(manifest, folder, sources)
         if not changed:
-            return _open(folder, manifest, config, sources)
+            return _open(folder, manifest, config, sources, wanted, chat)
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         logger.info("changed since they were tokenised: %s%s; tokenising again", ", ".join(changed[:3]), more)
-    _build(folders[-1], config, sources, wanted, progress)
+    _build(folders[-1], config, sources, wanted, chat, progress)
     manifest = _read_manifest(folders[-1])
     assert manifest is not None
-    return _open(folders[-1], manifest, config, sources)
+    return _open(folders[-1], manifest, config, sources, wanted, chat)

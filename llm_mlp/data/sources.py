@@ -1,4 +1,7 @@
-"""Where documents come from: text, JSON lines, Parquet, plain or compressed, folders, globs, Hugging Face data sets."""
+"""Where documents come from: text, JSON lines, TSV, Parquet (all also compressed), folders, globs, Hugging Face sets.
+
+A document is a text, or, of a source of instruction records, a conversation.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from typing import IO, Any, cast
 import zstandard
 
 from llm_mlp.config import SourceConfig
+from llm_mlp.data.tokenizer import EOS_NAMES
 
 logger = logging.getLogger("llm_mlp.data")
 
@@ -29,7 +33,13 @@ TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql"),
 )
+RECORDS = (*JSON_LINES, ".tsv", ".parquet")
 HUGGING_FACE = "hf:"
+ROLES = ("system", "user", "assistant")
+# What some files end their answers with; training ends them itself. Not </s>, which HTML ends struck-out text with.
+END_MARKS = tuple(name for name in EOS_NAMES if name != "</s>")
+
+Record = tuple[dict[str, Any], str]  # fields, and where it stands
 
 
 class DataError(ValueError):
@@ -39,8 +49,16 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Document:
     text: str
+    """Of a conversation: its roles and contents as JSON, which tells conversations apart."""
     id: str
-    """``path`` of a text file, ``path:line`` of JSON lines (from 1), ``path#row`` of Parquet (from 0)."""
+    """``path`` of a text file, ``path:line`` of JSON lines and TSV (from 1), ``path#row`` of Parquet (from 0)."""
+    messages: tuple[dict[str, str], ...] = ()
+    """Of a conversation: ``role`` and ``content``, up to the last answer; empty: the document is a text."""
+
+    @property
+    def contents(self) -> str:
+        """The text alone: what a vocabulary is trained on."""
+        return "\n".join(message["content"] for message in self.messages) if self.messages else self.text
 
 
 def sample_source() -> SourceConfig:
@@ -63,7 +81,7 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
     files, other = [], 0
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -74,14 +92,14 @@ def _files_in(folder: Path) -> list[Path]:
             if not path.is_file():  # a broken link, a pipe
                 logger.info("%s: not a regular file; left out", path)
                 continue
-            if _kind(path) in (*JSON_LINES, *TEXT, ".parquet"):
+            if _kind(path) in kinds:
                 files.append(path)
             else:
                 other += 1
     if not files:
         raise DataError(
             f"{folder}: no file in this folder can be used ({other} with other suffixes); "
-            f"known are {', '.join((*TEXT[:4], *JSON_LINES, '.parquet'))} ..., also with {', '.join(COMPRESSED)}"
+            f"known are {', '.join(kinds[:8])}{' ...' if len(kinds) > 8 else ''}, also with {', '.join(COMPRESSED)}"
         )
     if other:
         logger.info("%s: %d files with unknown suffixes are left out", folder, other)
@@ -94,7 +112,8 @@ def source_files(source: SourceConfig) -> list[Path]:
         return []
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return sorted(_files_in(path))
+        kinds = RECORDS if source.format == "instruct" else (*TEXT[:4], *JSON_LINES, ".parquet", *TEXT[4:])
+        return sorted(_files_in(path, kinds))
     if path.is_file():
         return [path]
     if glob.has_magic(source.path):
@@ -179,7 +198,7 @@ def _checked(value: object, field: str, where: str) -> str:
 # -- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
+def _json_lines(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
         number = 0
         for number, line in enumerate(file, 1):
@@ -195,28 +214,56 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
                 raise DataError(f"{where}: not JSON ({error}); expected one record a line") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a record {{...}}, got {type(record).__name__}; one record a line")
-            if field not in record:
-                fields = ", ".join(map(repr, record)) or "none"
-                raise DataError(f"{where}: no field {field!r}; the fields are {fields} (set text_field)")
-            yield Document(_checked(record[field], field, where), where)
+            yield record, where
         if number == 0:
             raise DataError(f"{path}: the file is empty")
 
 
-def _parquet(path: Path, field: str) -> Iterator[Document]:
+def _tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Record]:
+    """Rows by the names of their columns: ``columns``, else the first row.
+
+    A row is a line and a tab always ends a field. Quotation marks are what they are. ``\\n`` is a line end; other
+    backslashes stay, because those who write such files escape line ends alone (``\\frac`` is no form feed).
+    """
+    names = columns
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            cells = _decode(line, where).rstrip("\r\n").split("\t")
+            if not names:
+                names = tuple(cells)
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise DataError(
+                        f"{where}: the first row names column {twice[0]!r} twice; set columns if it is a record already"
+                    )
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(map(repr, names))}); a tab "
+                    "within a text has to be replaced, a line end written as \\n"
+                )
+            yield dict(zip(names, (cell.replace("\\n", "\n") for cell in cells), strict=True)), where
+
+
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
+    """Rows with those of the columns ``wanted`` that there are."""
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if field not in file.schema_arrow.names:
+        found = [name for name in wanted if name in file.schema_arrow.names]
+        if not found:
             names = ", ".join(map(repr, file.schema_arrow.names))
-            raise DataError(f"{path}: no column {field!r}; the columns are {names} (set text_field)")
+            raise DataError(f"{path}: no column {wanted[0]!r}; the columns are {names} (set {_setting(wanted)})")
         row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                where = f"{path}#{row}"
-                yield Document(_checked(value, field, where), where)
+        for batch in file.iter_batches(batch_size=1024, columns=found):
+            for record in batch.to_pylist():
+                yield record, f"{path}#{row}"
                 row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a sound Parquet file: {error}") from None
@@ -227,7 +274,7 @@ def _text(path: Path) -> Iterator[Document]:
         yield Document(_decode(file.read(), str(path)).removeprefix("\ufeff"), str(path))
 
 
-def _hugging_face(source: SourceConfig) -> Iterator[Document]:
+def _hugging_face(source: SourceConfig) -> Iterator[Record]:
     name, _, split = source.path.removeprefix(HUGGING_FACE).partition(":")
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
@@ -238,46 +285,143 @@ def _hugging_face(source: SourceConfig) -> Iterator[Document]:
     except Exception as error:  # whatever the hub, the network or the data set's own code raises
         raise DataError(f"{source.path}: cannot be loaded: {error}") from error
     for row, record in enumerate(records):
-        where = f"{source.path}#{row}"
-        if source.text_field not in record:
-            fields = ", ".join(map(repr, record))
-            raise DataError(f"{where}: no field {source.text_field!r}; the fields are {fields} (set text_field)")
-        yield Document(_checked(record[source.text_field], source.text_field, where), where)
+        yield record, f"{source.path}#{row}"
 
 
-def _read_file(path: Path, field: str, named: bool) -> Iterator[Document]:
+def _setting(wanted: tuple[str, ...]) -> str:
+    return "text_field" if len(wanted) == 1 else "messages_field, or prompt_field and completion_field"
+
+
+def _records(path: Path, source: SourceConfig, wanted: tuple[str, ...]) -> Iterator[Record] | None:
+    """Of a file of records; None if it is one text."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet(path, wanted)
+    if kind == ".tsv" and source.format == "instruct":
+        return _tsv(path, source.columns)
+    if kind in JSON_LINES:
+        return _json_lines(path)
+    if source.format == "instruct":
+        raise DataError(f"{path}: not a file of records; known are {', '.join(RECORDS)}, also compressed")
+    return None
+
+
+# -- records to documents --------------------------------------------------------------------------------------------
+
+
+def _field(record: dict[str, Any], field: str, where: str, setting: str) -> str:
+    if field not in record:
+        fields = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"{where}: no field {field!r}; the fields are {fields} (set {setting})")
+    return _checked(record[field], field, where)
+
+
+def _conversation(record: dict[str, Any], where: str, source: SourceConfig) -> tuple[dict[str, str], ...]:
+    """A record's messages up to its last answer; nothing behind it is trained on."""
+    if record.get(source.messages_field) is None:
+        hint = "prompt_field, messages_field for chats, or columns where a TSV's first row is a record already"
+        prompt = _field(record, source.prompt_field, where, hint)
+        completion = _field(record, source.completion_field, where, "completion_field")
+        return {"role": "user", "content": prompt}, {"role": "assistant", "content": _unmarked(completion)}
+    name, rows = source.messages_field, record[source.messages_field]
+    if not isinstance(rows, list):
+        raise DataError(f"{where}: field {name!r} holds {type(rows).__name__}, not a list of {{role, content}}")
+    messages = []
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict) or "role" not in row or "content" not in row:
+            raise DataError(f"{where}: {name}[{n}] is no {{role, content}}: {_short(row)}")
+        if row["role"] not in ROLES:
+            raise DataError(f"{where}: {name}[{n}]: unknown role {row['role']!r}; roles are {', '.join(ROLES)}")
+        content = _checked(row["content"], f"{name}[{n}].content", where)
+        if row["role"] == "assistant":
+            content = _unmarked(content)
+        messages.append({"role": row["role"], "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise DataError(f"{where}: field {name!r} has no message of the assistant, so there is nothing to learn from")
+    return tuple(messages)
+
+
+def _unmarked(answer: str) -> str:
+    for mark in END_MARKS:
+        answer = answer.removesuffix(mark)
+    return answer
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_file(path: Path, source: SourceConfig, wanted: tuple[str, ...], named: bool) -> Iterator[Document | Record]:
     kind = _kind(path)
     # In a folder of many texts an empty one (an empty __init__.py) is a document of nothing, not a damaged file.
-    may_be_empty = not named and kind not in JSON_LINES and path.suffix.lower() not in (*COMPRESSED, ".parquet")
+    may_be_empty = not named and kind not in RECORDS and path.suffix.lower() not in COMPRESSED
     if path.stat().st_size == 0 and not may_be_empty:
         raise DataError(f"{path}: the file is empty")
-    if kind == ".parquet":
-        return _parquet(path, field)
-    return _json_lines(path, field) if kind in JSON_LINES else _text(path)
+    records = _records(path, source, wanted)
+    return _text(path) if records is None else records
+
+
+@dataclass
+class _LeftOut:
+    """What a source has that cannot be used, to be told once."""
+
+    blank: int = 0
+    unanswered: int = 0
+    first: str = ""  # of the unanswered
+
+    def log(self, path: str) -> None:
+        if self.blank:
+            logger.info("%s: left out %d documents of only white space", path, self.blank)
+        if self.unanswered:
+            logger.info("%s: left out %d records with an empty answer (%s ...)", path, self.unanswered, self.first)
 
 
 def read_documents(source: SourceConfig, *, quiet: bool = False) -> Iterator[Document]:
-    """The documents of ``source`` in the order of its sorted files; those of only white space are left out.
+    """The documents of ``source`` in the order of its sorted files; those of only white space are left out, and so are
+    conversations with an answer of only white space.
 
     How many were left out is logged, unless ``quiet``. Texts come as they are: line ends are not changed.
+
+    Raises:
+        DataError: naming the file, the line and the field.
     """
     files = source_files(source)
     named = len(files) == 1 and files[0] == Path(source.path).expanduser()
-    blank = used = 0
+    instruct = source.format == "instruct"
+    fields = (source.messages_field, source.prompt_field, source.completion_field) if instruct else (source.text_field,)
+    used, left = 0, _LeftOut()
 
-    def documents() -> Iterator[Document]:
+    def found() -> Iterator[Document | Record]:
         if is_hugging_face(source):
             yield from _hugging_face(source)
         for path in files:
-            yield from _read_file(path, source.text_field, named)
+            yield from _read_file(path, source, fields, named)
 
-    for document in documents():
-        if document.text.strip():
+    for item in found():
+        document = item if isinstance(item, Document) else _document(*item, source)
+        if not document.contents.strip():
+            left.blank += 1
+        elif any(m["role"] == "assistant" and not m["content"].strip() for m in document.messages):
+            left.unanswered += 1
+            left.first = left.first or document.id
+        else:
             used += 1
             yield document
-        else:
-            blank += 1
     if not used:
-        raise DataError(f"{source.path}: no document with text in it ({blank} of only white space)")
-    if blank and not quiet:
-        logger.info("%s: left out %d documents of only white space", source.path, blank)
+        raise DataError(
+            f"{source.path}: no document with text in it ({left.blank} of only white space"
+            f"{f', {left.unanswered} with an empty answer' if left.unanswered else ''})"
+        )
+    if not quiet:
+        left.log(source.path)
+
+
+def _document(record: dict[str, Any], where: str, source: SourceConfig) -> Document:
+    if source.format == "text":
+        return Document(_field(record, source.text_field, where, "text_field"), where)
+    messages = _conversation(record, where, source)
+    identity = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+    return Document(identity, where, messages)

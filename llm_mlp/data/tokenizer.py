@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import logging
@@ -25,6 +26,9 @@ Spelling = bytes  # within the class, `bytes` is a method
 
 EOS = "<|eos|>"
 EOS_NAMES = (EOS, "<|endoftext|>", "<eos>", "</s>")
+TEMPLATE_FILE, NAMES_FILE = "chat_template.jinja", "tokenizer_config.json"
+# Of a tokenizer_config.json: the tokens that a chat template may call by these names.
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 # GPT-2's rule, but every digit alone: a small vocabulary does not spend itself on years and page numbers.
 TRAIN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -35,6 +39,41 @@ _CUT = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+def read_template(path: Path) -> str:
+    """The text of a chat template's file, its line ends as they are.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    try:
+        return path.expanduser().read_bytes().decode("utf8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: the chat template cannot be read ({error})") from None
+
+
+def _read_chat(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """What a tokenizer's folder says of chats: the template, and the names of tokens."""
+    config = folder / NAMES_FILE
+    settings: dict[str, Any] = {}
+    if config.is_file():
+        try:
+            settings = dict(json.loads(config.read_text(encoding="utf8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise TokenizerError(f"{config}: cannot be read ({error})") from None
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((row["template"] for row in source if row.get("name") == "default"), None)
+    if (folder / TEMPLATE_FILE).is_file():
+        source = read_template(folder / TEMPLATE_FILE)
+    names = {}
+    for name in TOKEN_NAMES:
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            names[name] = value
+    return source, names
+
+
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
@@ -42,7 +81,12 @@ def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer with one separator token, whose text never turns into special ids."""
+    """A `tokenizers` tokenizer with one separator token, whose text never turns into special ids.
+
+    Beside its ids it carries what its folder says of chats: ``chat_template`` (Jinja, or None) and ``token_names``
+    (``eos_token`` and others, as the template may call them). `llm_mlp.data.chat` makes ids of conversations by them;
+    the fingerprint, which is about the ids of texts, leaves them out.
+    """
 
     def __init__(self, inner: HFTokenizer, origin: str = "tokenizer") -> None:
         # Settings a file may carry for other uses; left on, they would cut or pad documents without a word.
@@ -57,6 +101,9 @@ class Tokenizer:
             names[EOS] = max(inner.get_added_tokens_decoder())
             self._special.add(names[EOS])
         self.eos: int = next(names[name] for name in EOS_NAMES if name in names)
+        self.special_tokens: dict[str, int] = names
+        self.chat_template: str | None = None
+        self.token_names: dict[str, str] = {}
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         spec = json.loads(inner.to_str())
         kinds = _decoder_kinds(spec["decoder"])
@@ -110,21 +157,33 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """A folder or its tokenizer.json; a ``.tiktoken`` rank file; GPT-2's encoder.json and vocab.bpe."""
+        """A folder or its tokenizer.json; a ``.tiktoken`` rank file; GPT-2's encoder.json and vocab.bpe.
+
+        A chat template comes with it: ``chat_template.jinja`` beside the file, else ``chat_template`` in
+        ``tokenizer_config.json``.
+
+        Raises:
+            TokenizerError: missing, damaged, or of a kind that is not supported.
+        """
         path = Path(path).expanduser()
         if path.is_dir():
             path = cls._find(path)
         if not path.is_file():
             raise TokenizerError(f"{path}: no such tokenizer file")
+        out = cls(cls._read(path), str(path))
+        out.chat_template, out.token_names = _read_chat(path.parent)
+        return out
+
+    @staticmethod
+    def _read(path: Path) -> HFTokenizer:
         if path.suffix == ".tiktoken":
-            return cls(from_ranks(path), str(path))
+            return from_ranks(path)
         if path.name in ("encoder.json", "vocab.bpe"):
-            return cls(from_gpt2(path.parent), str(path))
+            return from_gpt2(path.parent)
         try:
-            inner = HFTokenizer.from_str(path.read_text(encoding="utf8"))
+            return HFTokenizer.from_str(path.read_text(encoding="utf8"))
         except Exception as error:
             raise TokenizerError(f"{path}: not a tokenizer.json: {error}") from None
-        return cls(inner, str(path))
 
     @staticmethod
     def _find(folder: Path) -> Path:
@@ -138,12 +197,25 @@ class Tokenizer:
         raise TokenizerError(f"{folder}: the folder holds {found}")
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` into ``folder``."""
-        target = Path(folder) / "tokenizer.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".tokenizer.json.{os.getpid()}")
-        temporary.write_text(self._inner.to_str(pretty=True), encoding="utf8")
-        os.replace(temporary, target)
+        """Write ``tokenizer.json`` into ``folder``; with a chat template also that, as `load` finds it."""
+        files = {"tokenizer.json": self._inner.to_str(pretty=True)}
+        if self.chat_template is not None:
+            files[TEMPLATE_FILE] = self.chat_template
+        if self.token_names:
+            files[NAMES_FILE] = json.dumps(self.token_names, indent=1)
+        for name, text in files.items():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{name}.{os.getpid()}")
+            # The template is part of what a run's data are made by: not even its line ends may change.
+            temporary.write_text(text, encoding="utf8", newline="")
+            os.replace(temporary, target)
+
+    def with_chat_template(self, source: str | None) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        out = copy.copy(self)
+        out.chat_template = source
+        return out
 
     @cached_property
     def _fingerprint(self) -> str:

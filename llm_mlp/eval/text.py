@@ -39,7 +39,7 @@ class TextScore:
 
 @torch.no_grad()
 def score_batches(model: LM, batches: Iterable[tuple[Batch, int]], precision: Precision | None = None) -> TextScore:
-    """Score (batch, bytes of its targets) pairs, each row read from an empty state."""
+    """Score (batch, bytes of its targets) pairs, each row (or packed sequence) read from an empty state."""
     device = next(model.parameters()).device
     precision = precision or Precision("fp32", device)
     tokens, size, nats = 0, 0, 0.0
@@ -49,7 +49,9 @@ def score_batches(model: LM, batches: Iterable[tuple[Batch, int]], precision: Pr
         for batch, n_bytes in batches:
             targets = batch.targets.to(device)
             with precision.autocast():
-                loss = model(batch.tokens.to(device), targets=targets, reduction="sum").loss
+                loss = model(
+                    batch.tokens.to(device), cu_seqlens=batch.cu_seqlens, targets=targets, reduction="sum"
+                ).loss
             nats += float(loss)
             tokens += int((batch.targets >= 0).sum())
             size += n_bytes

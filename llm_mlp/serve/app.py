@@ -26,7 +26,6 @@ from starlette.exceptions import HTTPException
 from llm_mlp.context import ContextError, describe
 from llm_mlp.context.store import summary
 from llm_mlp.infer import Full, Request
-from llm_mlp.serve.chat import ChatError
 from llm_mlp.serve.protocol import (
     AppendRequest,
     ChatRequest,
@@ -209,7 +208,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             min(limit or service.settings.max_tokens, service.settings.max_tokens),
             sampling,
             body.seed,
-            frozenset([service.tokenizer.eos]),
+            kind.stop_ids,
             prompt.start,
             kind.alternatives,
             keep=body.save_context is not None,
@@ -217,7 +216,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         n = body.n or 1
         writer = _Writer(service, kind, prompt, body, user)
         http.state.facts = writer.facts
-        pieces = service.run(request, kind.stops, n)
+        pieces = service.run(request, kind.stops, n, kind.closing)
         if body.stream:
             # Refusals come with their status, not in the stream; and who leaves the queue is not waited for.
             first = await _unless_gone(http, anext(pieces))
@@ -226,13 +225,10 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:
-        try:
-            messages = [m.plain() for m in body.messages]
-            text = service.template.render(messages, body.tools if body.tool_choice != "none" else None)
-        except (ChatError, ValueError) as error:
-            raise Refused(400, str(error), "messages") from None
+        tools = body.tools if body.tool_choice != "none" else None
+        ids = await asyncio.to_thread(service.chat_ids, body.messages, tools, begin=body.context is None)
         kind = _Chat(service, body.alternatives, [*body.stops, *service.template.stop])
-        return await answer(http, body, user, kind, text, body.max_completion_tokens or body.max_tokens)
+        return await answer(http, body, user, kind, ids, body.max_completion_tokens or body.max_tokens)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: HTTP, user: User) -> Response:
@@ -389,6 +385,8 @@ class _Kind:
 
     def __init__(self, service: Service, alternatives: int | None, stops: list[str]) -> None:
         self.service, self.alternatives, self.stops = service, alternatives, stops
+        self.stop_ids = frozenset([service.tokenizer.eos])
+        self.closing: list[int] = []  # what a stored answer ends with, so that the next turn can stand behind it
 
     def spelled(self, token: int) -> tuple[str, list[int]]:
         spelling = self.service.tokenizer.spelling(token)
@@ -406,6 +404,10 @@ class _Kind:
 
 class _Chat(_Kind):
     prefix, objects = "chatcmpl-", ("chat.completion", "chat.completion.chunk")
+
+    def __init__(self, service: Service, alternatives: int | None, stops: list[str]) -> None:
+        super().__init__(service, alternatives, stops)
+        self.stop_ids, self.closing = service.template.stop_ids, service.template.closing
 
     def piece(self, index: int, text: str, first: bool, finish: str | None, logprobs: Any) -> dict[str, Any]:
         delta: dict[str, Any] = {"role": "assistant"} if first else {}

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
 from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
+from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
-from llm_mlp.infer import Engine, Event, Request, Start, slots_within
+from llm_mlp.infer import Engine, Event, Request, Start, read_tokens, slots_within
 from llm_mlp.models import LM
-from llm_mlp.serve.chat import ChatTemplate
+from llm_mlp.serve.protocol import Message
 
 log = logging.getLogger("llm_mlp.serve")
 
@@ -237,6 +239,18 @@ class Service:
             raise Refused(400, f"the prompt has {len(ids):,} tokens; {self.settings.max_prompt:,} are read", "prompt")
         return ids
 
+    def chat_ids(self, messages: Sequence[Message], tools: Any, *, begin: bool) -> list[int]:
+        """Ids of a conversation up to where the assistant answers; ``begin`` as for `prompt_ids`.
+
+        Raises:
+            Refused: messages that the template refuses, or that cannot be encoded.
+        """
+        try:
+            ids = self.template.encode([m.plain() for m in messages], tools, generate=True).ids
+        except ValueError as error:  # ChatError, TokenizerError, and parts that are no text
+            raise Refused(400, str(error), "messages") from None
+        return [*([self.tokenizer.eos] if begin else []), *ids]
+
     def context(self, user: str, name: str) -> Context:
         """A stored context, on the model's device.
 
@@ -274,8 +288,12 @@ class Service:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    async def run(self, request: Request, stops: Sequence[str], n: int = 1) -> AsyncIterator[Piece]:
+    async def run(
+        self, request: Request, stops: Sequence[str], n: int = 1, closing: Sequence[int] = ()
+    ) -> AsyncIterator[Piece]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
+
+        ``closing``: ids that a kept state has read behind the answer.
 
         Raises:
             Refused: 504 over time, 500 where the engine failed. `llm_mlp.infer.Full`: the queue is full.
@@ -338,6 +356,8 @@ class Service:
                     piece.finish = "stop"
                 elif event.finish is not None:
                     piece.text = text.finish()
+                if piece.final is not None and closing:
+                    piece.final = await self.between_steps(partial(self._read_on, piece.final, closing))
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
@@ -348,6 +368,12 @@ class Service:
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
+
+    def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
+        """A few ids more. Not a request of its own: that would wait behind all others, or find the queue full."""
+        state, logits = read_tokens(self.model, ids, start.state, position=len(start.tokens))
+        tokens = torch.cat([torch.as_tensor(start.tokens), torch.tensor(ids, dtype=torch.int32)])
+        return Start(tokens, state, logits)
 
     def embed(self, ids: list[int]) -> torch.Tensor:
         """The mean of the final normed hidden states, of length 1, float32."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llm_mlp.context import Context, Reader
+from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.infer import Engine, Event, Request, Sampling, Start
-from llm_mlp.serve.chat import ChatTemplate
 from llm_mlp.serve.service import Text
 
 
@@ -26,13 +26,14 @@ class Talk:
         """The answer's text as it comes. Left early, the exchange did not happen."""
         count, start = self._marks[-1]
         messages = [*self._messages[:count], {"role": "user", "content": text}]
-        # What the state has read is not read again: the template is asked for this turn alone behind it.
-        turn = messages if len(self._marks) == 1 else messages[-1:]
-        ids = self._reader.encode(self._template.render(turn), begin=start is None)
+        # What the state has read is not read again.
+        first = len(self._marks) == 1
+        turn = self._template.encode(messages, generate=True).ids if first else self._template.next_turn(messages)
+        ids = [*([self._tokenizer.eos] if start is None else []), *turn]
         out = Text(self._tokenizer, self._template.stop)
         events: list[Event] = []
         answer = ""
-        stop = frozenset([self._tokenizer.eos])
+        stop = self._template.stop_ids
         ticket = self._engine.submit(Request(ids, max_tokens, sampling, seed, stop, start, keep=True), events.append)
         try:
             while self._engine.busy:
@@ -55,19 +56,21 @@ class Talk:
             while self._engine.busy:
                 self._engine.step()
         if out.stopped:  # the state has read into the next turn: read the answer alone instead
-            start = self._again(ids, answer, self._marks[-1][1])
+            start = self._read([*ids, *self._tokenizer.encode(answer)], self._marks[-1][1])
         else:
             piece = out.finish()
             answer += piece
             yield piece
+        start = self._read(self._template.closing, start)
         self._messages = [*messages, {"role": "assistant", "content": answer}]
         self._marks.append((len(self._messages), start))
 
-    def _again(self, ids: list[int], answer: str, start: Start | None) -> Start | None:
-        """The state after the prompt and the answer, without what the model wrote behind it."""
+    def _read(self, ids: list[int], start: Start | None) -> Start | None:
+        """The state after ``ids`` behind ``start``."""
+        if not ids:
+            return start
         events: list[Event] = []
-        whole = [*ids, *self._reader.encode(answer + "\n", begin=False)]
-        self._engine.submit(Request(whole, 0, start=start, keep=True), events.append)
+        self._engine.submit(Request(ids, 0, start=start, keep=True), events.append)
         while self._engine.busy:
             self._engine.step()
         return events[-1].final

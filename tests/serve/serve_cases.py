@@ -10,10 +10,10 @@ import uvicorn
 from model_cases import SMALL
 
 from llm_mlp.config import ModelConfig, _merge, build
+from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import build_model
 from llm_mlp.serve import Service, Settings, create_app
-from llm_mlp.serve.chat import ChatTemplate
 
 TEXT = "The mill stood by the river, and the wheel turned all day. " * 40
 
@@ -29,7 +29,8 @@ def serving(store, *, model=None, template=None, **settings):
     """(base URL, the service)."""
     lm, tokenizer = model or small_model()
     chunk = settings.pop("chunk", 32)
-    service = Service(lm, tokenizer, ChatTemplate(template), Settings(store=store, chunk=chunk, **settings))
+    template = ChatTemplate(tokenizer.with_chat_template(template))
+    service = Service(lm, tokenizer, template, Settings(store=store, chunk=chunk, **settings))
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=20)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,8 @@ from llm_mlp.checkpoint import save_model
 from llm_mlp.cli.serving import KEYS, read_keys
 from llm_mlp.config import ConfigError
 from llm_mlp.context import Reader, Store
+from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.infer import Sampling
-from llm_mlp.serve.chat import ChatError, ChatTemplate
 from llm_mlp.serve.service import Text
 from llm_mlp.serve.talk import Talk
 
@@ -124,52 +123,15 @@ def test_chat_talks_takes_back_and_saves(folder, tmp_path):
 
 def test_talk_goes_on_from_its_state(model):
     reader, rule = Reader(*model), Sampling(0)
-    talk = Talk(reader, ChatTemplate(None))
+    talk = Talk(reader, ChatTemplate(reader.tokenizer))
     first = "".join(talk.say("The mill", 6, rule, None))
     kept = talk.context()
     second = "".join(talk.say("on", 6, rule, None))
     assert talk.undo() and "".join(talk.say("on", 6, rule, None)) == second
-    other = Talk(reader, ChatTemplate(None), kept)
+    other = Talk(reader, ChatTemplate(reader.tokenizer), kept)
     assert "".join(other.say("on", 6, rule, None)) == second
     text = reader.tokenizer.decode(talk.context().tokens.tolist())
-    assert text == f"user: The mill\nassistant: {first}user: on\nassistant: {second}"
-
-
-# -- templates -----------------------------------------------------------------------------------------------------
-
-
-def test_templates_are_found(tmp_path, caplog):
-    messages = [{"role": "user", "content": "hi"}]
-    assert ChatTemplate.load(tmp_path).render(messages) == "user: hi\nassistant: "
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}})
-    )
-    assert ChatTemplate.load(tmp_path).render(messages) == "<s>hi"
-    source = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ tools | tojson }}"
-    (tmp_path / "chat_template.jinja").write_text(source)
-    assert ChatTemplate.load(tmp_path).render(messages, [{"é": 1}]) == '[hi][{"é": 1}]'
-    (tmp_path / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(ChatError, match="cannot be read"):
-        ChatTemplate.load(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ChatError, match="cannot be read"):
-        ChatTemplate.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('only pairs') }}",
-        "{{ messages[9].content }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-    ],
-)
-def test_templates_stay_in_their_sandbox(source):
-    with pytest.raises(ChatError, match="refuses these messages"):
-        ChatTemplate(source).render([{"role": "user", "content": "hi"}])
+    assert text == f"user: The mill\nassistant: {first}\nuser: on\nassistant: {second}\n"
 
 
 # -- the text of an answer -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcomes, together
-from train_cases import run, tiny
+from train_cases import records, run, tiny
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
 from llm_mlp.models import build_model
@@ -100,6 +100,17 @@ LAYOUTS = {
 def test_processes_train_as_one(tmp_path, layout, optimizer):
     size, overrides = LAYOUTS[layout]
     common = (*EXACT, f"optimizer.name={optimizer}")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start)
+    assert_same(tmp_path, "one", "many", 1e-9)
+
+
+@pytest.mark.parametrize("layout", ["ddp in parts", "zero-3", "context and data"])
+def test_processes_read_instruction_records(tmp_path, layout):
+    """Rows of different numbers of records and targets; the mean is over the targets of all processes."""
+    size, overrides = LAYOUTS[layout]
+    common = (*EXACT, *records(tmp_path), "evaluation.every=10")
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)

@@ -12,6 +12,7 @@ from llm_mlp.config import TrainConfig, apply_overrides, build
 from llm_mlp.train import TrainResult, train
 
 WORDS = ("the cat sat on a mat and saw how the sun went down over the old red barn by the sea").split()  # noqa: SIM905 (a sentence reads better)
+ANSWERS = {"sea": "blue", "sun": "warm", "barn": "red", "mat": "flat"}
 
 
 def write_documents(folder: Path, count: int = 40, name: str = "docs.jsonl") -> Path:
@@ -51,3 +52,23 @@ def tiny(folder: Path, *overrides: str, out: str = "run") -> TrainConfig:
 
 def run(folder: Path, *overrides: str, out: str = "run", **options: Any) -> TrainResult:
     return train(tiny(folder, *overrides, out=out), quiet=True, **options)
+
+
+def write_records(folder: Path) -> Path:
+    """What each thing is, asked in several ways; and conversations about two of them."""
+    path = folder / "records.jsonl"
+    if not path.exists():
+        rows: list[dict] = []
+        for thing, answer in ANSWERS.items():
+            for question in ("{}?", "the {}?", "how is the {}?", "and the {}?"):
+                rows.append({"prompt": question.format(thing), "completion": answer})
+            for other, second in ANSWERS.items():
+                words = [("user", f"{thing}?"), ("assistant", answer), ("user", f"{other}?"), ("assistant", second)]
+                rows.append({"messages": [{"role": role, "content": content} for role, content in words]})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def records(folder: Path, *more: str) -> tuple[str, ...]:
+    source = f"data.sources=[{{path: '{write_records(folder)}', format: instruct}}]"
+    return (source, "data.packing=reset", "data.seq_len=64", "data.held_out=0.1", *more)
