@@ -9,6 +9,7 @@ from llm_mlp.models import model_cost
 from llm_mlp.train.plan.figures import PlanError
 
 WIDTH_SHARE = 0.4  # width grows as N^0.4, depth as N^0.2, so that depth x width^2 grows as N
+NEAR = 0.05  # how far from its share the width may go for a count nearer to what is asked
 MAX_HEADS = 512  # `PerceptionConfig`'s and `AttentionConfig`'s
 
 
@@ -18,8 +19,9 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
     The rule (docs/plan.md): R, F, block, slots, the vocabulary and the width of a group (D / G) stay; D grows as
     N^0.4 and L as N^0.2 above the preset's; D in steps of eight groups from 8,192 on (they divide among the GPUs of a
     node), of one below; L in steps of four from 64 layers on; the FFN keeps its ratio to D, in steps of 64. Where the
-    heads would pass 512, a group has half as many of twice the values' width. Of the widths near N^0.4, with the depth
-    that comes nearest, the one whose count (`model_cost`, which equals the built model's) is nearest to N is taken.
+    heads would pass 512, a group has half as many of twice the values' width. Of the widths nearest to N^0.4 (within a
+    twentieth) with the depth that suits each, the one whose count (`model_cost`, which equals the built model's) comes
+    nearest to N is taken.
 
     Raises:
         PlanError: an unknown preset, or a count that the rule cannot reach within a tenth.
@@ -34,15 +36,17 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
     if not math.isfinite(parameters) or parameters < 1:
         raise PlanError(f"--params {parameters:g}: expected the number of parameters, for example 7e9")
     growth = parameters / own
-    unit = base.d_model // base.perception.groups
+    unit = base.d_model // base.perception.groups if "perception" in base.mixers else 2 * base.attention.head_dim
     if "attention" in base.mixers:
         unit = math.lcm(unit, base.attention.head_dim)
     aim = base.d_model * growth**WIDTH_SHARE
     step = unit * (8 if aim >= 8192 else 1)
     nearest = round(aim / step)
     best: ModelConfig | None = None
-    for k in range(max(1, nearest - 2), nearest + 3):
-        width = k * step
+    for k in (nearest - 1, nearest, nearest + 1):
+        width = max(1, k) * step
+        if k != nearest and abs(width / aim - 1) > NEAR:
+            continue
         layer = (_sized(base, width, 2), _sized(base, width, 1))
         per = model_cost(layer[0]).parameters - model_cost(layer[1]).parameters
         layers = max(1, round((parameters - model_cost(layer[1]).parameters) / per) + 1)

@@ -9,9 +9,10 @@ registered shapes do not depend on the device, and what torch itself does otherw
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +30,7 @@ from llm_mlp.models.lm import LM, Block
 from llm_mlp.models.mixer import rms_norm
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.backend import assuming
-from llm_mlp.train.optim import Muon, empty_state, make_optimizers
+from llm_mlp.train.optim import AT_ONCE, Muon, empty_state, make_optimizers, matrices_of
 from llm_mlp.train.parallel import World, shard
 from llm_mlp.train.plan.figures import PlanError
 
@@ -42,15 +42,10 @@ class Trace:
     """Bytes of one part of a model, reading one micro-batch; without its parameters and its input."""
 
     saved: int  # what autograd keeps for the backward pass
-    copies: int  # of that: copies of weights in autocast's dtype, which it also keeps while it is on
     state: int  # what the part returns beside its output: the state after the last token
     forward: int  # most alive in the forward pass, the saved included
     backward: int  # most alive in the backward pass, the saved and all gradients included
     output: int
-
-    def at(self, other: Trace, times: int) -> Trace:
-        """Of ``times`` sequences, self being of one and ``other`` of two: everything grows by the same each."""
-        return Trace(*(a + (times - 1) * (b - a) for a, b in ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))))
 
 
 def saved_bytes(run: Callable[[], Any], known: list[Tensor]) -> int:
@@ -80,14 +75,13 @@ def _saving(known: list[Tensor]) -> Iterator[dict[int, int]]:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive; ``copies``: of casts of the parameters ``of``."""
+    """Counts the bytes of the storages that are alive and were made inside; those of ``known`` tensors do not count."""
 
-    def __init__(self, of: list[Tensor]) -> None:
+    def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.copies: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
-        self._parameters = {t.untyped_storage()._cdata for t in of}
+        self._known = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -97,14 +91,12 @@ class _Live(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self._add(t)
-        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._parameters:
-            self.copies[out.untyped_storage()._cdata] = out.untyped_storage().nbytes()
         return out
 
     def _add(self, t: Tensor) -> None:
         storage = t.untyped_storage()
         key = storage._cdata
-        if key in self._sizes or key in self._parameters:
+        if key in self._sizes or key in self._known:
             return
         self._sizes[key] = size = -(-storage.nbytes() // ROUND) * ROUND
         self.now += size
@@ -177,21 +169,20 @@ def _follow(
         x = torch.empty(shape, requires_grad=True)
         parameters = list(module.parameters())
         with _Live([x, *parameters]) as live:
-            cast = torch.autocast("cpu", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+            cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on_gpu else contextlib.nullcontext()
             with _saving([x, *parameters]) as saved, cast:
                 y, kept = run(x)
             forward = live.peak
             others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
             state = sum(size for key, size in others.items() if key not in saved)
             own = sum(saved.values())
-            copies = sum(size for key, size in live.copies.items() if key in saved)
             saved.clear()
             output, grad = y.nbytes, torch.empty_like(y)
             edge = torch.autograd.graph.get_gradient_edge(y)
             del y, kept
             live.peak = live.now
             torch.autograd.backward((edge,), (grad,))
-            return Trace(own, copies, state, forward, live.peak, output)
+            return Trace(own, state, forward, live.peak, output)
 
 
 @cache
@@ -222,15 +213,11 @@ def loss_trace(config: ModelConfig, sequences: int, length: int, on_gpu: bool) -
 
 
 @cache
-def muon_bytes(config: ModelConfig, layers: int, on_gpu: bool) -> int:
-    """Most that Muon's step makes beside weights, gradients and momentum, of a model of ``layers`` layers.
-
-    Followed on fewer layers and continued: all it makes is in proportion to their number.
-    """
-    period = len(config.pattern)
-    if layers > 2 * period:
-        one, two = (muon_bytes(config, period * n, on_gpu) for n in (1, 2))
-        return one + (two - one) * (layers - period) // period
+def muon_bytes(config: ModelConfig, on_gpu: bool) -> int:
+    """Most that Muon's step makes beside weights, gradients and momentum."""
+    # It works through a bounded number of parameters at a time: more layers than fill that twice change nothing.
+    own = sum(w.numbers for w in weights_of(config.model_copy(update={"n_layers": 1}), "muon") if w.matrices)
+    layers = min(config.n_layers, 2 * AT_ONCE // max(own, 1) + 2 * len(config.pattern))
     with torch.device("meta"):
         model = LM(config.model_copy(update={"n_layers": layers}))
     with _fake(on_gpu):
@@ -241,7 +228,7 @@ def muon_bytes(config: ModelConfig, layers: int, on_gpu: bool) -> int:
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         empty_state([muon])
-        with _Live([]) as live:
+        with _Live(list(model.parameters())) as live:
             muon.step()
         return live.peak
 
@@ -264,12 +251,13 @@ def held_bytes(config: ModelConfig, optimizer: str, shards: int, zero: int) -> t
         model = LM(config)
     sharded = shards > 1 and zero > 0
     if sharded:
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
         dist.init_process_group("fake", rank=0, world_size=shards, store=FakeStore())
     try:
         if sharded:
             shard(model, World(ParallelConfig(data="fsdp", zero=zero), torch.device("cpu"), 0, shards))
-        settings = OptimizerConfig(name="adamw" if optimizer == "adamw" else "muon")
-        optimizers = make_optimizers(model, settings)
+        optimizers = make_optimizers(model, _settings(optimizer))
         empty_state(optimizers)
         weights = sum(_local(p) for p in model.parameters())
         states = (t for o in optimizers for state in o.state.values() for t in state.values())
@@ -285,32 +273,40 @@ def _local(t: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of a layer (or of none, ``layer`` -1), and the bytes a number of it costs the optimizer."""
+    """A parameter of a layer (of none: ``layer`` -1)."""
 
     layer: int
     shape: tuple[int, ...]
-    state: int  # bytes a number
-    matrix: bool  # Muon's
+    matrices: tuple[tuple[int, int], ...]  # that Muon orthogonalises in it; none: AdamW's
 
     @property
     def numbers(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def local(self, shards: int) -> int:
-        """Numbers of the largest shard: fully_shard cuts the first dimension."""
+        """Numbers of the largest of its shards: fully_shard cuts the first dimension."""
         rows = self.shape[0]
         return -(-rows // shards) * (self.numbers // rows)
+
+    def state_bytes(self, shards: int) -> int:
+        """Muon keeps a mean of the gradients; AdamW two, and a count."""
+        return 4 * self.local(shards) * (1 if self.matrices else 2) + (0 if self.matrices else 4)
 
 
 @cache
 def weights_of(config: ModelConfig, optimizer: str) -> tuple[Weight, ...]:
-    """The parameters of ``config``, from the model built on the meta device and the optimizers that are given them."""
+    """The parameters of ``config``: of the model built on the meta device and the optimizers that get them."""
     with torch.device("meta"):
         model = LM(config)
-    made = make_optimizers(model, OptimizerConfig(name="adamw" if optimizer == "adamw" else "muon"))
-    muon = {id(p) for o in made if isinstance(o, Muon) for group in o.param_groups for p in group["params"]}
-    found = []
-    for name, p in model.named_parameters():
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        found.append(Weight(layer, tuple(p.shape), 4 if id(p) in muon else 8, id(p) in muon))
-    return tuple(found)
+    rows: dict[int, tuple[tuple[int, int], ...]] = {}
+    for group in (g for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon) for g in o.param_groups):
+        for p, parts in zip(group["params"], group["rows"], strict=True):
+            rows[id(p)] = tuple(tuple(m.shape) for m in matrices_of(p, parts))
+    return tuple(
+        Weight(int(name.split(".")[1]) if name.startswith("blocks.") else -1, tuple(p.shape), rows.get(id(p), ()))
+        for name, p in model.named_parameters()
+    )
+
+
+def _settings(optimizer: str) -> OptimizerConfig:
+    return OptimizerConfig(name="adamw" if optimizer == "adamw" else "muon")
