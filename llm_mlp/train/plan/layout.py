@@ -329,7 +329,9 @@ class Job:
             if needs[layout] <= self.usable:
                 return layout
         nearest = sorted(needs, key=needs.__getitem__)[:3] or sorted(found, key=self._least)[:3]
-        words = "; ".join(f"{layout} needs {needs.get(layout, self._least(layout)) / 1e9:,.0f} GB" for layout in nearest)
+        words = "; ".join(
+            f"{layout} needs {needs.get(layout, self._least(layout)) / 1e9:,.0f} GB" for layout in nearest
+        )
         raise PlanError(
             f"--gpus {self.gpus}: no layout fits the {self.usable / 1e9:.0f} GB of a GPU that a run may use. Nearest: "
             f"{words}. Take more --gpus, another --gpu, a shorter --seq, --checkpointing full or --optimizer adamw"

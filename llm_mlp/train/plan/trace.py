@@ -299,7 +299,9 @@ def weights_of(config: ModelConfig, optimizer: str) -> tuple[Weight, ...]:
     with torch.device("meta"):
         model = LM(config)
     rows: dict[int, tuple[tuple[int, int], ...]] = {}
-    for group in (g for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon) for g in o.param_groups):
+    for group in (
+        g for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon) for g in o.param_groups
+    ):
         for p, parts in zip(group["params"], group["rows"], strict=True):
             rows[id(p)] = tuple(tuple(m.shape) for m in matrices_of(p, parts))
     return tuple(
