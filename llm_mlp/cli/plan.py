@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-SCALES = {"bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")), "J": ((3.6e12, "MWh"), (3.6e6, "kWh"))}
+SCALES = {"bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")), "J": ((3.6e12, "GWh"), (3.6e9, "MWh"), (3.6e6, "kWh"))}
 
 
 def plan(
@@ -45,16 +45,21 @@ def plan(
     from rich.table import Table
 
     rejected = found.pop("rejected")
+    notes: dict[str, int] = {}  # where the numbers are from, told once each
     table = Table(box=None, pad_edge=False)
-    for column in ("", "", "value", "unit", "source"):
-        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column != "source")
+    for column in ("", "", "value", "unit", "from"):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=True)
     for part, values in found.items():
         rows = {"": values} if "value" in values else values
         for i, (name, row) in enumerate(rows.items()):
             value, unit = _shown(row)
-            table.add_row("" if i else part, name, value, unit, row["source"])
-    console = Console()
+            kind, _, note = row["source"].partition(": ")
+            origin = f"{kind} ({notes.setdefault(note, len(notes) + 1)})" if note else kind
+            table.add_row("" if i else part, name, value, unit, origin)
+    console = Console(highlight=False)
     console.print(table)
+    for note, number in notes.items():
+        console.print(f"({number}) {note}", soft_wrap=True)
     if rejected:
         others = Table(title="\nnot taken", title_justify="left", box=None, pad_edge=False)
         for column in ("layout", "why"):

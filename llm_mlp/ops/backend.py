@@ -43,7 +43,7 @@ def choose(
     if backend == "auto":
         kind, why = _best(device, not_served, untrusted)
         key = (op, kind, device.type, why)
-        if key not in _logged and not torch.compiler.is_compiling():
+        if key not in _logged and not _assumed and not torch.compiler.is_compiling():
             _logged.add(key)
             log.info("%s: backend %s (%s)", op, kind, why)
         return kind

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models import model_cost
@@ -154,7 +154,7 @@ class Job:
         if key not in self._stages:
             c, tp = self.config, layout.tp
             layers = -(-c.n_layers // layout.pp)
-            change = {"n_layers": layers, "tie_embeddings": c.tie_embeddings or layout.pp > 1}
+            change: dict[str, Any] = {"n_layers": layers, "tie_embeddings": c.tie_embeddings or layout.pp > 1}
             if tp > 1:
                 change["perception"] = c.perception.model_copy(update={"groups": c.perception.groups // tp})
                 change["ffn"] = c.ffn.model_copy(update={"hidden": c.ffn.hidden // tp})
@@ -329,9 +329,8 @@ class Job:
             if needs[layout] <= self.usable:
                 return layout
         nearest = sorted(needs, key=needs.__getitem__)[:3] or sorted(found, key=self._least)[:3]
-        words = "; ".join(
-            f"{layout} needs {needs.get(layout, self._least(layout)) / 1e9:,.0f} GB" for layout in nearest
-        )
+        sizes = [(layout, needs.get(layout) or self._least(layout)) for layout in nearest]
+        words = "; ".join(f"{layout} needs {size / 1e9:,.0f} GB" for layout, size in sizes)
         raise PlanError(
             f"--gpus {self.gpus}: no layout fits the {self.usable / 1e9:.0f} GB of a GPU that a run may use. Nearest: "
             f"{words}. Take more --gpus, another --gpu, a shorter --seq, --checkpointing full or --optimizer adamw"
@@ -367,8 +366,8 @@ class Job:
             why = self.refusal(**numbers) or f"micro and zero have to suit {self.batch} sequences a step"
             return f"--layout {asked}: {why}"
         return (
-            f"--gpus {self.gpus} cannot share {self.batch} sequences a step of {self.length:,} tokens; raise --batch to "
-            f"a multiple of {self.gpus * self.length:,} tokens"
+            f"--gpus {self.gpus} cannot share {self.batch} sequences a step of {self.length:,} tokens; raise --batch "
+            f"to a multiple of {self.gpus * self.length:,} tokens"
         )
 
     def neighbours(self, chosen: Layout, checkpointing: tuple[Checkpointing, ...]) -> Iterator[Layout | str]:

@@ -143,12 +143,8 @@ def make_plan(
         "seconds": {
             "rate": leaf(job.rate, "FLOP/s of a GPU", job.rate_source),
             "compute": leaf(time.compute, "s a step", f"computed: FLOPs of a stage at the rate ({job.rate_source})"),
-            "exposed": leaf(
-                time.exposed, "s a step", f"computed: exchanges at {LINK_SHARE} of stated rates; {OVERLAP}"
-            ),
-            "optimizer": leaf(
-                time.optimizer, "s a step", "computed: at the product and copy rates of one H100, measured"
-            ),
+            "exposed": leaf(time.exposed, "s a step", f"computed: at {LINK_SHARE} of stated rates; {OVERLAP}"),
+            "optimizer": leaf(time.optimizer, "s a step", "computed: at measured product and copy rates of an H100"),
             "step": leaf(time.step, "s", of_step),
             "tokens": leaf(step_tokens / time.step, "tokens/s", of_step),
             "run": leaf(run, "s", f"{of_step}; without evaluation, checkpoints and failures"),
@@ -163,9 +159,7 @@ def make_plan(
         },
         "bubble": leaf(time.bubble, "share of the step", "computed: (pp - 1) / (micro-batches + pp - 1)"),
         "cost": leaf(hours * device.price, "USD", f"assumed: {device.price} USD a GPU hour"),
-        "energy": leaf(
-            run * gpus * device.watts, "J", f"assumed: {device.watts:g} W a GPU all the time, hosts not counted"
-        ),
+        "energy": leaf(run * gpus * device.watts, "J", f"assumed: {device.watts:g} W a GPU throughout, no hosts"),
         "rejected": _rejected(job, chosen, modes[checkpointing], time),
     }
 
@@ -234,9 +228,7 @@ def _rejected(job: Job, chosen: Layout, modes: tuple[Checkpointing, ...], time: 
         else:
             name, memory, step = str(other), job.memory(other), job.time(other).step
             if memory.peak > job.usable:
-                why = (
-                    f"needs {memory.peak / 1e9:,.1f} GB of {job.usable / 1e9:,.1f} GB that may be used ({memory.when})"
-                )
+                why = f"needs {memory.peak / 1e9:,.1f} GB of {job.usable / 1e9:,.1f} usable GB ({memory.when})"
             else:
                 why = f"fits, but a step takes {step:,.3g} s instead of {time.step:,.3g} s"
                 if step < time.step:

@@ -148,9 +148,9 @@ class _AsCuda(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _fake(on_gpu: bool) -> Iterator[None]:
-    with FakeTensorMode(), assuming("triton" if on_gpu else "chunked"):
-        with _AsCuda() if on_gpu else contextlib.nullcontext():
-            yield
+    as_cuda = _AsCuda() if on_gpu else contextlib.nullcontext()
+    with FakeTensorMode(), assuming("triton" if on_gpu else "chunked"), as_cuda:
+        yield
 
 
 def _with_fake_parameters(module: nn.Module) -> None:
@@ -299,11 +299,10 @@ def weights_of(config: ModelConfig, optimizer: str) -> tuple[Weight, ...]:
     with torch.device("meta"):
         model = LM(config)
     rows: dict[int, tuple[tuple[int, int], ...]] = {}
-    for group in (
-        g for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon) for g in o.param_groups
-    ):
+    muons = [o for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon)]
+    for group in (group for o in muons for group in o.param_groups):
         for p, parts in zip(group["params"], group["rows"], strict=True):
-            rows[id(p)] = tuple(tuple(m.shape) for m in matrices_of(p, parts))
+            rows[id(p)] = tuple((m.shape[0], m.shape[1]) for m in matrices_of(p, parts))
     return tuple(
         Weight(int(name.split(".")[1]) if name.startswith("blocks.") else -1, tuple(p.shape), rows.get(id(p), ()))
         for name, p in model.named_parameters()
