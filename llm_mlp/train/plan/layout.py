@@ -196,13 +196,15 @@ class Job:
         again = [max(t.forward - t.saved + stream if full else 0, t.backward - t.saved) for t in traces.values()]
         back = max(again) + (max(kept) if full else 0)
         before = gradients if parts > 1 else 0  # from earlier micro-batches
+        head = root // 2 // shards  # the head's gradients come first, the embedding's last
+        others = gradients - head - 4 * stage.largest_block // shards
         # Of each moment: gradients that are there, what is kept for backward passes, and the rest.
         moments = {
             "the last layer's forward pass": (before, flights * every, passing + working),
             "the loss": (before, every + stream, passing + loss.forward),
             "the loss's backward pass": (before, every + stream, loss.backward),
-            "the last layer's backward pass": (max(before, root // 2), flights * every, back),
-            "the first layer's backward pass": (gradients, (flights - 1) * every + stream + saved[0], back),
+            "the last layer's backward pass": (max(before, head), flights * every, back),
+            "the first layer's backward pass": (max(before, others), (flights - 1) * every + stream + saved[0], back),
         }
         moments = {name: (g, a, work + gathered) for name, (g, a, work) in moments.items()}
         if self.optimizer == "muon":

@@ -9,7 +9,7 @@ from llm_mlp.models import model_cost
 from llm_mlp.train.plan.figures import PlanError
 
 WIDTH_SHARE = 0.4  # width grows as N^0.4, depth as N^0.2, so that depth x width^2 grows as N
-NEAR = 0.05  # how far from its share the width may go for a count nearer to what is asked
+REACH = 0.15  # how far from what is asked the count may be: a layer more or less of a small model is much
 MAX_HEADS = 512  # `PerceptionConfig`'s and `AttentionConfig`'s
 
 
@@ -19,12 +19,12 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
     The rule (docs/plan.md): R, F, block, slots, the vocabulary and the width of a group (D / G) stay; D grows as
     N^0.4 and L as N^0.2 above the preset's; D in steps of eight groups from 8,192 on (they divide among the GPUs of a
     node), of one below; L in steps of four from 64 layers on; the FFN keeps its ratio to D, in steps of 64. Where the
-    heads would pass 512, a group has half as many of twice the values' width. Of the widths nearest to N^0.4 (within a
-    twentieth) with the depth that suits each, the one whose count (`model_cost`, which equals the built model's) comes
-    nearest to N is taken.
+    heads would pass 512, a group has half as many of twice the values' width. Of the three widths nearest to N^0.4,
+    with the depth that suits each, the one is taken whose count (`model_cost`, which equals the built model's) and
+    width are nearest to what is wanted.
 
     Raises:
-        PlanError: an unknown preset, or a count that the rule cannot reach within a tenth.
+        PlanError: an unknown preset, or a count that the rule does not come near.
     """
     try:
         base = build(ModelConfig, {"preset": preset}, "--preset")
@@ -42,21 +42,18 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
     aim = base.d_model * growth**WIDTH_SHARE
     step = unit * (8 if aim >= 8192 else 1)
     nearest = round(aim / step)
-    best: ModelConfig | None = None
+    sizes = []
     for k in (nearest - 1, nearest, nearest + 1):
         width = max(1, k) * step
-        if k != nearest and abs(width / aim - 1) > NEAR:
-            continue
         layer = (_sized(base, width, 2), _sized(base, width, 1))
         per = model_cost(layer[0]).parameters - model_cost(layer[1]).parameters
         layers = max(1, round((parameters - model_cost(layer[1]).parameters) / per) + 1)
         if layers >= 64:
             layers = round(layers / 4) * 4
         found = _sized(base, width, layers)
-        if best is None or _off(found, parameters) < _off(best, parameters):
-            best = found
-    assert best is not None
-    if _off(best, parameters) > 0.1:
+        sizes.append((_off(found, parameters) + abs(math.log(width / aim)) / 2, found))
+    best = min(sizes, key=lambda size: size[0])[1]
+    if _off(best, parameters) > REACH:
         raise PlanError(
             f"--params {parameters:g}: the nearest size of {preset} has {model_cost(best).parameters:,}; its embedding "
             f"and head alone have {2 * base.vocab_size * unit:,} or more. Start from another --preset"

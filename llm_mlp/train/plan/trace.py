@@ -68,10 +68,11 @@ def _saving(known: list[Tensor]) -> Iterator[dict[int, int]]:
         if storage._cdata not in skip:
             found[storage._cdata] = storage.nbytes()
             held.append(storage)
-        return t
+        return t.detach()  # of a node's own output: without the node, which would hold itself
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield found
+    held.clear()  # the hooks live as long as the graph, which lets go of its tensors one by one
 
 
 class _Live(TorchDispatchMode):
