@@ -170,7 +170,7 @@ def as_on_cuda(forward):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("preset", ["demo", "30m"])
+@pytest.mark.parametrize("preset", ["demo", pytest.param("30m", marks=pytest.mark.slow)])
 def test_layers_add_up_to_the_model(mode, preset):
     """A whole model's forward and backward pass, followed at once, peaks where the sum over its layers does."""
     config = scaled(preset, None)
@@ -191,7 +191,7 @@ def test_layers_add_up_to_the_model(mode, preset):
             torch.autograd.backward((loss,))
             peak = live.peak
     held = predicted.weights + predicted.optimizer + WORKSPACE
-    assert predicted.peak - held == pytest.approx(peak, rel=0.03)
+    assert predicted.peak - held == pytest.approx(peak, rel=0.01)
 
 
 def test_context_bytes_are_those_that_are_sent():
