@@ -7,7 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-SCALES = {"bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")), "J": ((3.6e12, "GWh"), (3.6e9, "MWh"), (3.6e6, "kWh"))}
+SCALES = {
+    "bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")),
+    "J": ((3.6e12, "GWh"), (3.6e9, "MWh"), (3.6e6, "kWh")),
+    "s": ((3.156e7, "years"), (86400, "days")),
+}
 
 
 def plan(
@@ -79,6 +83,6 @@ def _shown(row: dict[str, Any]) -> tuple[str, str]:
             for scale, short in scales:
                 if value >= scale:
                     return f"{value / scale:,.2f}", short + unit.removeprefix(name)
-    if isinstance(value, int) and value < 1e15:
-        return f"{value:,}", unit
+    if not value or (isinstance(value, int) and value < 1e15):
+        return f"{value:,.0f}", unit
     return (f"{value:,.3f}" if 1e-3 <= value < 1e6 else f"{value:.3e}"), unit

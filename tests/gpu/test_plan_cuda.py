@@ -70,7 +70,7 @@ def test_peak_is_what_was_planned(preset, mode, optimizer, parts):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_peak_is_reported(mode):
-    """Compiled blocks keep other tensors than eager ones; the plan is of eager ones, and this says how far it is off."""
+    """Compiled blocks keep other tensors than eager ones; this says how far the plan is off."""
     config = scaled("30m", None)
     torch._dynamo.reset()
     real, plan = measured(config, mode, "muon", 1, compiled=True), predicted(config, mode, "muon", 1)

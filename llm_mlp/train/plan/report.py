@@ -199,7 +199,9 @@ def _compare(job: Job, chosen: Layout) -> None:
 def _engine(layout: Layout) -> str:
     """What of a layout is planned for."""
     planned = [name for name, n in (("pp", layout.pp), ("tp", layout.tp)) if n > 1]
-    return f"; {' and '.join(planned)} as they are meant, not yet compared with runs" if planned else ""
+    if planned:
+        return f"; {' and '.join(planned)} as they are meant, not yet compared with runs"
+    return "; of several processes not yet compared with runs" if layout.shards > 1 else ""
 
 
 def _links(time: Time, engine: str) -> dict[str, Leaf]:
@@ -230,8 +232,8 @@ def _rejected(job: Job, chosen: Layout, modes: tuple[Checkpointing, ...], time: 
             if memory.peak > job.usable:
                 why = f"needs {memory.peak / 1e9:,.1f} GB of {job.usable / 1e9:,.1f} usable GB ({memory.when})"
             else:
-                why = f"fits, but a step takes {step:,.3g} s instead of {time.step:,.3g} s"
+                why = f"fits, but a step takes {step:,.4g} s instead of {time.step:,.4g} s"
                 if step < time.step:
-                    why = f"a step takes {step:,.3g} s, but --layout or --checkpointing rules it out"
+                    why = f"a step takes {step:,.4g} s, but --layout or --checkpointing rules it out"
         rows.append({"layout": name, "why": why})
     return rows

@@ -18,10 +18,10 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
 
     The rule (docs/plan.md): R, F, block, slots, the vocabulary and the width of a group (D / G) stay; D grows as
     N^0.4 and L as N^0.2 above the preset's; D in steps of eight groups from 8,192 on (they divide among the GPUs of a
-    node), of one below; L in steps of four from 64 layers on; the FFN keeps its ratio to D, in steps of 64. Where the
-    heads would pass 512, a group has half as many of twice the values' width. Of the three widths nearest to N^0.4,
-    with the depth that suits each, the one is taken whose count (`model_cost`, which equals the built model's) and
-    width are nearest to what is wanted.
+    node), of four from 2,048 on; L in steps of four from 40 layers on; the FFN keeps its ratio to D, in steps of 64.
+    Where the heads would pass 512, a group has half as many of twice the values' width. Of the three widths nearest to
+    N^0.4, with the depth that suits each, the one is taken whose count (`model_cost`, which equals the built model's)
+    and width are nearest to what is wanted.
 
     Raises:
         PlanError: an unknown preset, or a count that the rule does not come near.
@@ -40,7 +40,7 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
     if "attention" in base.mixers:
         unit = math.lcm(unit, base.attention.head_dim)
     aim = base.d_model * growth**WIDTH_SHARE
-    step = unit * (8 if aim >= 8192 else 1)
+    step = unit * (8 if aim >= 8192 else 4 if aim >= 2048 else 1)
     nearest = round(aim / step)
     sizes = []
     for k in (nearest - 1, nearest, nearest + 1):
@@ -48,7 +48,7 @@ def scaled(preset: str, parameters: float | None) -> ModelConfig:
         layer = (_sized(base, width, 2), _sized(base, width, 1))
         per = model_cost(layer[0]).parameters - model_cost(layer[1]).parameters
         layers = max(1, round((parameters - model_cost(layer[1]).parameters) / per) + 1)
-        if layers >= 64:
+        if layers >= 40:
             layers = round(layers / 4) * 4
         found = _sized(base, width, layers)
         sizes.append((_off(found, parameters) + abs(math.log(width / aim)) / 2, found))
