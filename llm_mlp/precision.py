@@ -24,4 +24,5 @@ class Precision:
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        # Every weight is used once a forward pass: autocast's cache would only keep its copies of them all alive.
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)

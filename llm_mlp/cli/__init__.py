@@ -13,6 +13,7 @@ import typer
 import llm_mlp
 from llm_mlp.cli.contexts import context_app
 from llm_mlp.cli.options import Device, ModelDir, Overrides, Repeats, StoreDir, Threads, Tokens
+from llm_mlp.cli.plan import plan
 from llm_mlp.cli.runs import run_app
 from llm_mlp.cli.serving import chat, serve
 
@@ -30,6 +31,7 @@ app.add_typer(context_app, name="context")
 app.add_typer(run_app, name="run")
 app.command()(serve)
 app.command()(chat)
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,6 +21,7 @@ OVERRIDE = "LLM_MLP_BACKEND"  # what auto chooses on CUDA: chunked or triton
 _logged: set[tuple[str, ...]] = set()
 _debug = False
 _invariant = False
+_assumed = ""
 
 
 def choose(
@@ -42,7 +43,7 @@ def choose(
     if backend == "auto":
         kind, why = _best(device, not_served, untrusted)
         key = (op, kind, device.type, why)
-        if key not in _logged and not torch.compiler.is_compiling():
+        if key not in _logged and not _assumed and not torch.compiler.is_compiling():
             _logged.add(key)
             log.info("%s: backend %s (%s)", op, kind, why)
         return kind
@@ -57,6 +58,8 @@ def choose(
 
 def _best(device: torch.device, not_served: str | None, untrusted: Callable[[], str | None]) -> tuple[str, str]:
     """The fastest implementation on a device, and why it is chosen."""
+    if _assumed:
+        return ("chunked", f"the kernels do not serve {not_served}") if not_served else (_assumed, "assumed")
     if device.type != "cuda":
         return "chunked", f"the fast path on {device.type}"
     chosen = os.environ.get(OVERRIDE, "")
@@ -84,6 +87,24 @@ def _no_triton(device: torch.device) -> str | None:
             f"the tensors are on {device.type}, not on a CUDA device (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
         )
     return None
+
+
+@contextlib.contextmanager
+def assuming(kind: str) -> Iterator[None]:
+    """In the ``with`` block ``auto`` chooses ``kind`` wherever it serves the shapes, whatever device is there: for
+    following what a GPU would do on fake tensors, which have no data.
+
+    Raises:
+        ValueError: kernels are assumed and triton, whose module registers them, is not installed.
+    """
+    global _assumed
+    if kind == "triton" and not _TRITON:
+        raise ValueError("the kernels cannot be followed: triton is not installed (pip install triton)")
+    before, _assumed = _assumed, kind
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 @contextlib.contextmanager

@@ -21,9 +21,11 @@ from llm_mlp.models import LM
 from llm_mlp.train.parallel import like, whole
 
 MUON_SIDE = 32  # smallest side of a matrix that Muon takes
+NEWTON_SCHULZ_STEPS = 5
+AT_ONCE = 2**29  # numbers of whole matrices that Muon has changes of at a time, and of one more parameter
 
 
-def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(x: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Approximately U V^T of each matrix ``[..., r, c]`` (quintic iteration of Muon).
 
     Runs in bfloat16 on CUDA, in the matrices' own dtype elsewhere.
@@ -49,9 +51,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            # Matrices of one shape are orthogonalised as one batch.
-            shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            sharded: list[tuple[Tensor, Tensor]] = []
+            pending: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]] = []
+            numbers = 0
             for p, rows in zip(group["params"], group["rows"], strict=True):
                 if p.grad is None:
                     continue
@@ -66,18 +67,31 @@ class Muon(torch.optim.Optimizer):
                     # The whole matrix is needed: it is gathered, every process computes the change and keeps its shard.
                     update = whole(update)
                     target = torch.zeros_like(update)
-                    sharded.append((p, target))
-                for own, change in zip(_matrices(target, rows), _matrices(update, rows), strict=True):
-                    shapes[own.shape[-2], own.shape[-1]].append((own, change))
-            for (r, c), pairs in shapes.items():
-                change = newton_schulz(torch.stack([u for _, u in pairs]))
-                scale = -group["lr"] * 0.2 * max(r, c) ** 0.5
-                torch._foreach_add_([own for own, _ in pairs], list(change.unbind(0)), alpha=scale)
-            for p, target in sharded:
+                pending.append((p, target, update, rows))
+                numbers += update.numel()
+                if numbers >= AT_ONCE:
+                    self._change(pending, group["lr"])
+                    numbers = 0
+            self._change(pending, group["lr"])
+
+    @staticmethod
+    def _change(pending: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]], lr: float) -> None:
+        """Orthogonalises the updates of the parameters ``pending``, matrices of one shape as one batch, and applies
+        them; the list is emptied."""
+        shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for _, target, update, rows in pending:
+            for own, change in zip(matrices_of(target, rows), matrices_of(update, rows), strict=True):
+                shapes[own.shape[-2], own.shape[-1]].append((own, change))
+        for (r, c), pairs in shapes.items():
+            change = newton_schulz(torch.stack([u for _, u in pairs]))
+            torch._foreach_add_([own for own, _ in pairs], list(change.unbind(0)), alpha=-lr * 0.2 * max(r, c) ** 0.5)
+        for p, target, _, _ in pending:
+            if target is not p:
                 p.add_(like(target, p))
+        pending.clear()
 
 
-def _matrices(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+def matrices_of(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
     """The logical matrices of a weight, as views."""
     if weight.ndim == 3:
         return weight.unbind(0)

@@ -247,7 +247,7 @@ class Wrapped:
         if world.size == 1:
             return
         if config.data == "fsdp":
-            _shard(model, world)
+            shard(model, world)
         else:
             own = [world.device.index] if world.device.type == "cuda" else None
             parallel = DistributedDataParallel(model, device_ids=own)
@@ -273,7 +273,8 @@ class Wrapped:
         yield
 
 
-def _shard(model: LM, world: World) -> None:
+def shard(model: LM, world: World) -> None:
+    """Shard a model over the world's processes as its config says, each block on its own, and then the rest."""
     config = world.config
     mesh: DeviceMesh
     if config.replicas > 1:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from op_cases import DEVICE, Earned, Run, memorise_inputs, perceive_inputs, perceive_state, with_gradients
+from torch.utils.checkpoint import checkpoint
 
 from llm_mlp.ops import memorise, perceive, perceive_transition
 
@@ -162,6 +163,23 @@ def test_two_runs_are_bit_equal():
     inputs = [x.to(DEVICE) for x in perceive_inputs(1, 100, 1, 16, 2, 16, dtype=torch.float32)]
     first, second = (with_gradients(run_perceive(None)("triton"), [*inputs, None]) for _ in range(2))
     for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    """It hands saved tensors out once."""
+    inputs = [x.to(DEVICE).float() for x in perceive_inputs(1, 40, 1, 16, 1, 16, seed=0)]
+    found = []
+    for again in (False, True):
+        own = [x.clone().requires_grad_() for x in inputs]
+
+        def run(*given):
+            return perceive(*given, backend="triton")[0]
+
+        y = checkpoint(run, *own, use_reentrant=False) if again else run(*own)
+        y.sum().backward()
+        found.append([x.grad for x in own])
+    for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
 

@@ -1014,12 +1014,13 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, dafter, dresidual, *_):
-    y, state = ctx.saved_tensors[5], ctx.shapes[1]
+    saved = ctx.saved_tensors  # once: activation checkpointing does not give them twice
+    y, state = saved[5], ctx.shapes[1]
     if dy is None:
         dy = torch.zeros_like(y)
     if dafter is None:
         dafter = torch.zeros(state, dtype=torch.float32, device=y.device)
-    return *_backward(*ctx.saved_tensors, dy, dafter, dresidual, ctx.bounds), None, None
+    return *_backward(*saved, dy, dafter, dresidual, ctx.bounds), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

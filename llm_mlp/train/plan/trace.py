@@ -1,0 +1,314 @@
+"""What a micro-batch makes in memory, followed on fake tensors; what a process holds, of models built without data.
+
+A layer of each kind runs forward and backward under FakeTensorMode; every storage is counted while it lives, and
+those that autograd saves for the backward pass by its hooks. A CPU-only torch cannot make fake CUDA tensors (it has no
+device guard for them), so the tensors say that they are on the CPU while the ops follow their Triton kernels, whose
+registered shapes do not depend on the device, and what torch itself does otherwise on CUDA stands in `_AsCuda`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llm_mlp.config import ModelConfig, OptimizerConfig, ParallelConfig
+from llm_mlp.models.lm import LM, Block
+from llm_mlp.models.mixer import rms_norm
+from llm_mlp.ops import linear_cross_entropy
+from llm_mlp.ops.backend import assuming
+from llm_mlp.train.optim import AT_ONCE, Muon, empty_state, make_optimizers, matrices_of
+from llm_mlp.train.parallel import World, shard
+from llm_mlp.train.plan.figures import PlanError
+
+ROUND = 512  # bytes that CUDA's allocator deals in
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of one part of a model, reading one micro-batch; without its parameters and its input."""
+
+    saved: int  # what autograd keeps for the backward pass
+    state: int  # what the part returns beside its output: the state after the last token
+    forward: int  # most alive in the forward pass, the saved included
+    backward: int  # most alive in the backward pass, the saved and all gradients included
+    output: int
+
+
+def saved_bytes(run: Callable[[], Any], known: list[Tensor]) -> int:
+    """Bytes of the storages that autograd saves while ``run()`` computes; those of ``known`` tensors do not count."""
+    with _saving(known) as found:
+        keep = run()
+        del keep
+    return sum(found.values())
+
+
+@contextlib.contextmanager
+def _saving(known: list[Tensor]) -> Iterator[dict[int, int]]:
+    """Sizes of distinct storages by identity. Real ones count whole: a view keeps the storage it looks into."""
+    skip = {t.untyped_storage()._cdata for t in known}
+    found: dict[int, int] = {}
+    held: list[Any] = []  # a storage that is gone could leave its identity to another
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in skip:
+            found[storage._cdata] = storage.nbytes()
+            held.append(storage)
+        return t.detach()  # of a node's own output: without the node, which would hold itself
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
+    held.clear()  # the hooks live as long as the graph, which lets go of its tensors one by one
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive and were made inside; those of ``known`` tensors do not count."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inside = _INSIDE.get(str(func.overloadpacket))
+        if inside is not None:
+            self.peak = max(self.peak, self.now + inside(*args))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._add(t)
+        return out
+
+    def _add(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._known:
+            return
+        self._sizes[key] = size = -(-storage.nbytes() // ROUND) * ROUND
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+# Large tensors that exist only while a kernel's host code runs, which its registered shapes do not show.
+_INSIDE: dict[str, Callable[..., int]] = {
+    # the gradients of the states before each chunk
+    "llm_mlp.perceive_backward": lambda q, k, e, w, g, y, residual, before, *_: before.nbytes,
+    # gradients of the rows in slots (fp32), and their order: keys and places, sorted
+    "llm_mlp.memorise_read_backward": lambda q, k, w, old_k, old_w, slot, *_: (
+        slot.numel() * (4 * (q.shape[-1] + w.shape[-1]) + 4 * 8)
+    ),
+    "llm_mlp.take_rows_backward": lambda d, row, used, P, dtype: 4 * P * row.shape[1] * d.shape[-1] + 2 * 4 * d.numel(),
+}
+
+
+class _RmsNorm(torch.autograd.Function):
+    """What torch's fused kernel on CUDA saves: the input and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+class _AsCuda(TorchFunctionMode):
+    """What torch does on CUDA and not on a CPU, as far as a layer can tell."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if func is Tensor.data_ptr:
+            return 0  # a fake tensor lies nowhere; CUDA's allocator aligns
+        if func is F.rms_norm:  # on CUDA autocast computes it, and gives it back, in float32
+            x = args[0].float() if torch.is_autocast_enabled("cpu") else args[0]
+            return _RmsNorm.apply(x)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _fake(on_gpu: bool) -> Iterator[None]:
+    as_cuda = _AsCuda() if on_gpu else contextlib.nullcontext()
+    with FakeTensorMode(), assuming("triton" if on_gpu else "chunked"), as_cuda:
+        yield
+
+
+def _with_fake_parameters(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+
+
+def _follow(
+    module: nn.Module, shape: tuple[int, ...], run: Callable[[Tensor], tuple[Tensor, Any]], on_gpu: bool
+) -> Trace:
+    """``run(x)`` with x ``shape`` and backward from its first result. bf16 by autocast on a GPU, as on a CPU fp32."""
+    with _fake(on_gpu):
+        _with_fake_parameters(module)
+        x = torch.empty(shape, requires_grad=True)
+        parameters = list(module.parameters())
+        with _Live([x, *parameters]) as live:
+            cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on_gpu else contextlib.nullcontext()
+            with _saving([x, *parameters]) as saved, cast:
+                y, kept = run(x)
+            forward = live.peak
+            others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
+            state = sum(size for key, size in others.items() if key not in saved)
+            own = sum(saved.values())
+            saved.clear()
+            output, grad = y.nbytes, torch.empty_like(y)
+            edge = torch.autograd.graph.get_gradient_edge(y)
+            del y, kept
+            live.peak = live.now
+            torch.autograd.backward((edge,), (grad,))
+            return Trace(own, state, forward, live.peak, output)
+
+
+@cache
+def block_trace(config: ModelConfig, layer: int, sequences: int, length: int, on_gpu: bool) -> Trace:
+    """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32."""
+    with torch.device("meta"):
+        block = Block(config, layer)
+
+    def run(x: Tensor) -> tuple[Tensor, Any]:
+        earlier = [torch.empty_like(x) for _ in range(layer)] if block.routing is not None else None
+        return block(x, earlier, None, None)
+
+    return _follow(block, (sequences, length, config.d_model), run, on_gpu)
+
+
+@cache
+def loss_trace(config: ModelConfig, sequences: int, length: int, on_gpu: bool) -> Trace:
+    """The last norm, the head and the loss."""
+    with torch.device("meta"):
+        head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def run(x: Tensor) -> tuple[Tensor, Any]:
+        targets = torch.empty((sequences, length), dtype=torch.int64)
+        normed = rms_norm(x, config.norm_eps)
+        return linear_cross_entropy(normed, head.weight, targets, cap=config.logit_cap, reduction="sum"), []
+
+    return _follow(head, (sequences, length, config.d_model), run, on_gpu)
+
+
+@cache
+def muon_bytes(config: ModelConfig, on_gpu: bool) -> int:
+    """Most that Muon's step makes beside weights, gradients and momentum."""
+    # It works through a bounded number of parameters at a time: more layers than fill that twice change nothing.
+    own = sum(w.numbers for w in weights_of(config.model_copy(update={"n_layers": 1}), "muon") if w.matrices)
+    layers = min(config.n_layers, 2 * AT_ONCE // max(own, 1) + 2 * len(config.pattern))
+    with torch.device("meta"):
+        model = LM(config.model_copy(update={"n_layers": layers}))
+    with _fake(on_gpu):
+        _with_fake_parameters(model)
+        muon = next((o for o in make_optimizers(model, OptimizerConfig()) if isinstance(o, Muon)), None)
+        if muon is None:
+            return 0
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        empty_state([muon])
+        with _Live(list(model.parameters())) as live:
+            muon.step()
+        return live.peak
+
+
+# -- what a process holds -------------------------------------------------------------------------------------------
+
+
+def held_bytes(config: ModelConfig, optimizer: str, shards: int, zero: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state of rank 0 (the largest) of ``shards`` processes.
+
+    The model is built on the meta device, sharded by what training shards by over torch's fake process group
+    (``shards`` 1 or ``zero`` 0: it is whole), and the optimizers make their state of it.
+
+    Raises:
+        PlanError: processes of a run are connected here already.
+    """
+    if dist.is_initialized():
+        raise PlanError("a plan makes a process group of its own; this process is part of one already")
+    with torch.device("meta"):
+        model = LM(config)
+    sharded = shards > 1 and zero > 0
+    if sharded:
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+        dist.init_process_group("fake", rank=0, world_size=shards, store=FakeStore())
+    try:
+        if sharded:
+            shard(model, World(ParallelConfig(data="fsdp", zero=zero), torch.device("cpu"), 0, shards))
+        optimizers = make_optimizers(model, _settings(optimizer))
+        empty_state(optimizers)
+        weights = sum(_local(p) for p in model.parameters())
+        states = (t for o in optimizers for state in o.state.values() for t in state.values())
+        return weights, weights, sum(_local(t) for t in states)
+    finally:
+        if sharded:
+            dist.destroy_process_group()
+
+
+def _local(t: Tensor) -> int:
+    return (t.to_local() if hasattr(t, "to_local") else t).nbytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of a layer (of none: ``layer`` -1)."""
+
+    layer: int
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[int, int], ...]  # that Muon orthogonalises in it; none: AdamW's
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    def local(self, shards: int) -> int:
+        """Numbers of the largest of its shards: fully_shard cuts the first dimension."""
+        rows = self.shape[0]
+        return -(-rows // shards) * (self.numbers // rows)
+
+    def state_bytes(self, shards: int) -> int:
+        """Muon keeps a mean of the gradients; AdamW two, and a count."""
+        return 4 * self.local(shards) * (1 if self.matrices else 2) + (0 if self.matrices else 4)
+
+
+@cache
+def weights_of(config: ModelConfig, optimizer: str) -> tuple[Weight, ...]:
+    """The parameters of ``config``: of the model built on the meta device and the optimizers that get them."""
+    with torch.device("meta"):
+        model = LM(config)
+    rows: dict[int, tuple[tuple[int, int], ...]] = {}
+    muons = [o for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon)]
+    for group in (group for o in muons for group in o.param_groups):
+        for p, parts in zip(group["params"], group["rows"], strict=True):
+            rows[id(p)] = tuple((m.shape[0], m.shape[1]) for m in matrices_of(p, parts))
+    return tuple(
+        Weight(int(name.split(".")[1]) if name.startswith("blocks.") else -1, tuple(p.shape), rows.get(id(p), ()))
+        for name, p in model.named_parameters()
+    )
+
+
+def _settings(optimizer: str) -> OptimizerConfig:
+    return OptimizerConfig(name="adamw" if optimizer == "adamw" else "muon")
