@@ -330,6 +330,8 @@ class ParallelConfig(Config):
     )
     replicas: int = Field(1, ge=1, description="fsdp: copies of the sharded model (hybrid: shards within a node)")
     context: int = Field(1, ge=1, description="processes that share every sequence, each reading a span of it")
+    pipeline: int = Field(1, ge=1, description="stages of the model, each on processes of its own")
+    tensor: int = Field(1, ge=1, description="processes that share every layer, each computing some of its groups")
     compress: Literal["none", "bf16", "powersgd"] = Field("none", description="ddp: how gradients travel")
     powersgd_rank: int = Field(8, ge=1, description="4 sends half as much and costs 1 to 4 % of the loss early on")
     reduce_dtype: Literal["same", "bf16", "fp32"] = Field("same", description="fsdp: dtype gradients are summed in")

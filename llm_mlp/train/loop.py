@@ -144,7 +144,9 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 def _check(config: TrainConfig, world: World) -> None:
     """What needs the processes and their devices to be known."""
-    device = world.device
+    device, parallel = world.device, config.parallel
+    if parallel.pipeline > 1 or parallel.tensor > 1:
+        raise ConfigError("parallel.pipeline and parallel.tensor cannot be used yet")
     if config.compile and device.type == "cpu":
         _need_compiler()
     if config.cuda_graph and (device.type != "cuda" or world.size > 1):

@@ -41,22 +41,35 @@ class RankError(RuntimeError):
 class World:
     """This process among those of a run.
 
-    ``rank`` of ``size`` processes; every ``context`` neighbours share their samples, so there are ``data_size`` readers
-    of different samples, of which this is number ``data_rank``.
+    ``rank`` of ``size`` processes. From the outside in: ``pipeline`` stages (which may lie on different nodes), in each
+    ``copies`` of the stage that read different texts or (every ``context`` neighbours) spans of the same, each copy
+    made of ``tensor`` processes. There are ``data_size`` readers of different samples, of which this is number
+    ``data_rank``.
     """
 
     def __init__(self, config: ParallelConfig, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.config, self.device, self.rank, self.size = config, device, rank, size
-        if size % config.context:
-            raise ConfigError(f"parallel.context = {config.context} does not divide the {size} processes")
-        if config.data == "fsdp" and size % config.replicas:
-            raise ConfigError(f"parallel.replicas = {config.replicas} does not divide the {size} processes")
-        self.data_rank, self.context_rank = divmod(rank, config.context)
-        self.data_size = size // config.context
+        left = size
+        for name, share in (("pipeline", config.pipeline), ("tensor", config.tensor), ("context", config.context)):
+            if left % share:
+                raise ConfigError(f"parallel.{name} = {share} does not divide the {left} processes")
+            left //= share
+        self.copies = left * config.context
+        if self.copies % config.replicas:
+            raise ConfigError(f"parallel.replicas = {config.replicas} does not divide the {self.copies} processes")
+        stage, self.tensor_rank = divmod(rank, config.tensor)
+        self.pipeline_rank, self.copy = divmod(stage, self.copies)
+        self.data_rank, self.context_rank = divmod(self.copy, config.context)
+        self.data_size = self.copies // config.context
+        self.mesh: DeviceMesh | None = None
         self.context_group: dist.ProcessGroup | None = None
+        if size > 1:
+            replicas = config.replicas
+            shape = (config.pipeline, replicas, self.copies // replicas, config.tensor)
+            self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replica", "shard", "tensor"))
         if config.context > 1:
-            groups = [list(range(r, r + config.context)) for r in range(0, size, config.context)]
-            self.context_group, _ = dist.new_subgroups_by_enumeration(groups)
+            ranks = torch.arange(size).view(-1, config.context, config.tensor).mT.reshape(-1, config.context)
+            self.context_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
         self.collectives = 0  # asked for here; those that DDP and fully_shard start are theirs
 
     @property
@@ -276,12 +289,8 @@ class Wrapped:
 def shard(model: LM, world: World) -> None:
     """Shard a model over the world's processes as its config says, each block on its own, and then the rest."""
     config = world.config
-    mesh: DeviceMesh
-    if config.replicas > 1:
-        shape = (config.replicas, world.size // config.replicas)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
-    else:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    assert world.mesh is not None
+    mesh = world.mesh["replica", "shard"] if config.replicas > 1 else world.mesh["shard"]
     dtype = {"same": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.reduce_dtype]
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
     # What blocks return is never changed in place.
