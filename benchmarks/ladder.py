@@ -12,6 +12,7 @@ confirmed on a second seed. One process a GPU; benchmarks/results/ladder.jsonl a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -157,6 +158,7 @@ def run_one(job: Job, prepared: str, runs: str, device: str) -> dict[str, Any]:
 def worker(device: str, jobs: Any, out: Any, prepared: str, runs: str) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"{device} %(message)s")
     while (job := jobs.get()) is not None:
+        gc.collect()  # what the run before has captured
         try:
             out.put((job, run_one(job, prepared, runs, device), None))
         except Exception as error:  # a rate that diverges ends in an error: that is its result
