@@ -37,6 +37,8 @@ LAYOUTS = {
     "zero-2 in parts": ["parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"],
     "context": ["parallel.context=2"],
     "context, packed": ["parallel.context=2", "data.packing=reset"],
+    "ddp, packed": ["data.packing=reset"],
+    "zero-3, packed": ["parallel.data=fsdp", "data.packing=reset"],
 }
 
 
@@ -65,5 +67,5 @@ def test_two_gpus_train_as_one(tmp_path, layout):
 def test_a_killed_run_is_resumed_on_other_gpus(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(tiny(tmp_path, *COMMON, "parallel.data=fsdp")))
-    verdict = verify_resume(path, [], folder=tmp_path / "runs", steps=30, processes=2, resume_processes=1)
+    verdict = verify_resume(path, [], folder=tmp_path / "runs", steps=60, processes=2, resume_processes=1)
     assert verdict.passed, verdict
