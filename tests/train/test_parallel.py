@@ -80,6 +80,9 @@ def assert_same(folder: Path, one: str, other: str, limit: float) -> None:
         assert (a[name] - b[name]).norm() <= limit * a[name].norm(), name
 
 
+FOUR = ["model.n_layers=4"]
+INTERLEAVED = ["parallel.pipeline=2", "parallel.schedule=interleaved"]
+PIPELINED_ZERO = ["parallel.pipeline=2", "micro_batch=1", "parallel.data=fsdp"]
 LAYOUTS = {
     "ddp": (2, []),
     "ddp, four processes": (4, []),
@@ -91,6 +94,22 @@ LAYOUTS = {
     "context": (2, ["parallel.context=2"]),
     "context of four": (4, ["parallel.context=4"]),
     "context and data": (4, ["parallel.context=2", "micro_batch=2"]),
+    "pipeline": (2, ["parallel.pipeline=2", "micro_batch=2"]),
+    "pipeline of four": (4, ["parallel.pipeline=4", "micro_batch=2", *FOUR]),
+    "interleaved": (2, [*INTERLEAVED, "micro_batch=2", *FOUR]),
+    "pipeline and data": (4, ["parallel.pipeline=2", "micro_batch=1"]),
+    "interleaved and data": (4, [*INTERLEAVED, "micro_batch=1", *FOUR]),
+    "pipeline and zero-3": (4, ["parallel.pipeline=2", "micro_batch=2", "parallel.data=fsdp"]),
+    "pipeline and zero-2, recomputed": (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=true"]),
+    "pipeline and zero-1": (4, [*PIPELINED_ZERO, "parallel.zero=1"]),
+    "interleaved and zero-3": (4, [*INTERLEAVED, "micro_batch=1", "parallel.data=fsdp", *FOUR]),
+    "pipeline, packed": (2, ["parallel.pipeline=2", "micro_batch=2", "data.packing=reset"]),
+    "pipeline, streams": (2, ["parallel.pipeline=2", "micro_batch=2", "data.packing=streams"]),
+    "pipeline, routed": (4, ["parallel.pipeline=4", "micro_batch=2", "model.routing.last_layers=2", *FOUR]),
+    "interleaved, packed, routed": (
+        2,
+        [*INTERLEAVED, "micro_batch=2", "data.packing=reset", "model.routing.last_layers=2", "model.n_layers=5"],
+    ),
     "context and zero-3": (4, ["parallel.context=2", "parallel.data=fsdp", "activation_checkpointing=true"]),
 }
 
@@ -99,7 +118,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_processes_train_as_one(tmp_path, layout, optimizer):
     size, overrides = LAYOUTS[layout]
-    common = (*EXACT, f"optimizer.name={optimizer}")
+    model = [o for o in overrides if o.startswith(("model.", "data."))]
+    common = (*EXACT, f"optimizer.name={optimizer}", "evaluation.every=10", *model)
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
