@@ -535,6 +535,7 @@ class _Run:
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             model: Any = self.wrapped.call if isinstance(self.wrapped, Pipeline) else self.model
             score = score_batches(model, batches, self.precision)
+        self.wrapped.reshard()
         if world.size == 1:
             return score
         if world.pipeline_rank < config.parallel.pipeline - 1:

@@ -301,6 +301,12 @@ class Wrapped:
             self.model.set_requires_gradient_sync(last or zero > 1)
         yield
 
+    def reshard(self) -> None:
+        """After forward passes alone: give back the weights that only a backward pass would."""
+        for module in self.call.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 def shard(model: nn.Module, world: World) -> None:
     """Shard a model (or stage) over its copies as the world's config says, each block on its own, then the rest."""

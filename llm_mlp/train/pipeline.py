@@ -257,9 +257,9 @@ class Pipeline(Wrapped):
         try:
             schedule.step(*[numbers] * first, target=numbers if last else None, losses=losses, number=numbers)
         except RuntimeError as error:
-            if isinstance(error.__cause__, torch.OutOfMemoryError):  # what a stage raises comes wrapped up
-                raise error.__cause__ from None
-            raise
+            if error.__cause__ is None:
+                raise
+            raise error.__cause__ from None  # what a stage raises comes wrapped up in the schedule's own error
         finally:
             for stage in self.stages:
                 stage.parts = ()
