@@ -193,7 +193,7 @@ def test_bfloat16_between_stages(tmp_path):
 
 
 def troubled(folder: str, overrides: tuple[str, ...], rank: int, what: str) -> list:
-    """A run in which something goes wrong in a stage of process ``rank``, in the last micro-batch of the second step."""
+    """A run in which something goes wrong in the eighth forward pass of a stage of process ``rank``."""
     real = Stage.forward
     seen = [0]
 
