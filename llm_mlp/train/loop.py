@@ -418,7 +418,7 @@ class _Run:
             return float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         own = float(whole(torch.nn.utils.get_total_norm(grads)))
-        size = math.sqrt(self.world.over_stages(own**2))
+        size = math.sqrt(self.world.over_stages(own * own))
         torch._foreach_mul_(grads, min(1.0, limit / (size + 1e-6)))  # as torch does
         return size
 
