@@ -52,13 +52,16 @@ class Averages:
     def in_place(self, values: list[Tensor]) -> Iterator[None]:
         """The model with ``values`` as its weights."""
         own = [w.clone() for w in self._weights()]
-        with torch.no_grad():
-            torch._foreach_copy_(self._weights(), values)
+        self._fill(values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._weights(), own)
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for w, value in zip(self._weights(), values, strict=True):  # torch._foreach_copy_ knows no sharded tensors
+            w.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: ``ema/<name>``, ``0/<name>`` ... of the points."""

@@ -35,6 +35,7 @@ from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
 from llm_mlp.train.parallel import World, Wrapped, open_world, squared_norm, whole
+from llm_mlp.train.pipeline import Pipeline, check_parts, collected, cut
 from llm_mlp.train.schedule import decay_factor, momentum_at, rate_factor, warmup_steps
 
 log = logging.getLogger("llm_mlp.train")
@@ -145,8 +146,8 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def _check(config: TrainConfig, world: World) -> None:
     """What needs the processes and their devices to be known."""
     device, parallel = world.device, config.parallel
-    if parallel.pipeline > 1 or parallel.tensor > 1:
-        raise ConfigError("parallel.pipeline and parallel.tensor cannot be used yet")
+    if parallel.tensor > 1:
+        raise ConfigError("parallel.tensor cannot be used yet")
     if config.compile and device.type == "cpu":
         _need_compiler()
     if config.cuda_graph and (device.type != "cuda" or world.size > 1):
@@ -161,6 +162,8 @@ def _check(config: TrainConfig, world: World) -> None:
             f"micro_batch = {config.micro_batch} does not divide the {per} sequences that each of the "
             f"{world.data_size} readers takes of batch_size = {config.batch_size}"
         )
+    if parallel.pipeline > 1:
+        check_parts(config, per)
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -209,21 +212,25 @@ class _Run:
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
                 f"{self.dataset.tokenizer.vocab_size} tokens"
             )
-        self.model: LM = build_model(config.model, seed=config.seed, device=self.device)
+        staged = config.parallel.pipeline > 1
+        # A stage is cut out of the whole model, so that it starts as it would there.
+        self.model: LM = build_model(config.model, seed=config.seed, device="cpu" if staged else self.device)
         if config.precision == "fp64":
             self.model.double()
         if init_from:
             load_weights(self.model, resolve(init_from) / "model.safetensors")
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        if staged:
+            cut(self.model, world).to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         if config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.wrapped = Wrapped(self.model, world)
+        self.precision = Precision(config.precision, self.device)
+        self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)
         self.optimizers = make_optimizers(self.model, config.optimizer)
         self.averages = Averages(self.model, config.average)
         self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
-        self.precision = Precision(config.precision, self.device)
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
@@ -349,10 +356,10 @@ class _Run:
     def _export(self) -> None:
         """The finished model, and its averages, each as a folder of its own."""
         names = [name for name, _ in self.model.named_parameters()]
-        weights = {"model": snapshot.full_weights(self.model)}
+        weights = {"model": collected(snapshot.full_weights(self.model), self.world)}
         for kind, values in self.averages.values().items():
             own = {name: whole(t).cpu() for name, t in zip(names, values, strict=True)}
-            weights[f"model-{kind}"] = weights["model"] | own
+            weights[f"model-{kind}"] = weights["model"] | collected(own, self.world)
         if self.world.main:
             for name, tensors in weights.items():
                 save_model(self.run / name, self.model, self.dataset.tokenizer, tensors)
@@ -386,7 +393,7 @@ class _Run:
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
         limit = clip_limit(config.optimizer, self.parameters)
-        size = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        size = self._clip(limit)
         # One exchange for all that the processes have to agree on.
         sums = self.world.sum(torch.cat([sums, sums.new_tensor([float(asked)])]))
         loss, part_squares, parts, part_size, stopping = sums.tolist()
@@ -398,7 +405,7 @@ class _Run:
             size,
             batch_size,
             warm=place >= warmup_steps(config.schedule, config.steps),
-            momentum_norm=math.sqrt(squared_norm(tensors)) if tensors else None,
+            momentum_norm=math.sqrt(self.world.over_stages(squared_norm(tensors))) if tensors else None,
             clipped_norm=min(size, limit),
             micro_norm_squared=part_squares / parts if parts else None,
             micro_size=round(part_size / parts) if parts else None,
@@ -406,6 +413,16 @@ class _Run:
         self._apply_step(metrics, range(first, first + batch_size))
         self.progress.step = step
         return metrics, stopping > 0
+
+    def _clip(self, limit: float) -> float:
+        """Scale the gradients down to a norm of ``limit``, if it is above; the norm before."""
+        if self.config.parallel.pipeline == 1:
+            return float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        own = float(whole(torch.nn.utils.get_total_norm(grads)))
+        size = math.sqrt(self.world.over_stages(own * own))
+        torch._foreach_mul_(grads, min(1.0, limit / (size + 1e-6)))  # as torch does
+        return size
 
     def _apply_step(self, m: Metrics, samples: range) -> None:
         """Let the optimizers step unless the guard objects; gradients are cleared either way."""
@@ -513,14 +530,18 @@ class _Run:
         if world.size > 1:
             assert isinstance(every, list)
             # Sharded weights are gathered by all together: each process reads equally many batches.
-            rounds = -(-len(every) // world.size)
-            own = range(world.rank, rounds * world.size, world.size)
+            rounds = -(-len(every) // world.copies)
+            own = range(world.copy, rounds * world.copies, world.copies)
             batches = [every[n] if n < len(every) else _uncounted(every[0]) for n in own]
         # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-            score = score_batches(self.model, batches, self.precision)
+            model: Any = self.wrapped.call if isinstance(self.wrapped, Pipeline) else self.model
+            score = score_batches(model, batches, self.precision)
+        self.wrapped.reshard()
         if world.size == 1:
             return score
+        if world.pipeline_rank < config.parallel.pipeline - 1:
+            score = TextScore(0, 0, 0.0)  # the last stage's process counts for those before it
         sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)
         tokens, size, nats = world.sum(sums).tolist()
         return TextScore(round(tokens), round(size), nats)
@@ -539,7 +560,7 @@ class _Run:
             self.parts,
             self.dataset.tokenizer,
             progress,
-            sharded=self.wrapped.sharded,
+            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1,
             best=self._best,
         )
         self._best = False

@@ -39,6 +39,7 @@ from llm_mlp.models import LM
 from llm_mlp.train.average import Averages
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
 from llm_mlp.train.parallel import World, like, whole
+from llm_mlp.train.pipeline import collected, elsewhere
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -187,11 +188,12 @@ def _write_shards(temporary: Path, parts: Parts) -> None:
     """Every process its shards; read back before the folder may get its name."""
     folder = temporary / SHARDS
     state = _sharded_state(parts)
+    known = {name for names in parts.world.gather(sorted(state)) for name in names}  # stages hold different ones
     # Tensors only: one other entry would make the files unreadable.
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     if parts.world.main:
         found = {key for path in folder.glob("*.safetensors") for key in _keys(path)}
-        if missing := sorted(state.keys() - found):
+        if missing := sorted(known - found):
             raise CheckpointError(f"{folder}: {missing[0]} was not written ({len(missing)} tensors in all)")
 
 
@@ -201,17 +203,19 @@ def _keys(path: Path) -> list[str]:
 
 
 def _gathered(carried: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The streams' states of all processes, by stream, on the CPU."""
-    if world.data_size == 1 or not world.any(bool(carried)):
+    """The streams' states of all processes, by stream, on the CPU (of other stages on the main process alone)."""
+    if not world.any(bool(carried)):
         return carried
+    if world.data_size == 1:
+        return collected(carried, world)
     if missing := [r for r, names in enumerate(world.gather(sorted(carried))) if not names]:
         raise CheckpointError(f"rank {missing[0]} carries no state of its streams")  # every step feeds every stream
     out = {}
     for name, own in sorted(carried.items()):
-        rows = [torch.empty_like(own) for _ in range(world.size)]
-        torch.distributed.all_gather(rows, own.contiguous())
+        rows = [torch.empty_like(own) for _ in range(world.copies)]
+        torch.distributed.all_gather(rows, own.contiguous(), group=world.copies_group)
         out[name] = torch.cat(rows[:: world.config.context]).cpu()
-    return out
+    return collected(out, world)
 
 
 def _tidy(run: Path, config: TrainConfig, folder: Path, best: bool) -> None:
@@ -269,8 +273,10 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         if facts.get("sharded"):
             _read_shards(folder, parts, average["points"])
         else:
-            load_weights(parts.model, folder / "model.safetensors", into=like)
-            load_optimizer_tensors(parts.model, parts.optimizers, kinds["optimizer"], into=like)
+            others = elsewhere(parts.model) if config.parallel.pipeline > 1 else set()
+            load_weights(parts.model, folder / "model.safetensors", into=like, elsewhere=others)
+            own = {name: t for name, t in kinds["optimizer"].items() if name.rpartition("/")[0] not in others}
+            load_optimizer_tensors(parts.model, parts.optimizers, own, into=like)
             _load_averages(parts.averages, kinds["average"], average["points"])
     except KeyError as error:
         raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
@@ -279,6 +285,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
     if kinds["carried"] and world.data_size > 1:
         per = len(next(iter(kinds["carried"].values()))) // world.data_size
         rows = slice(world.data_rank * per, (world.data_rank + 1) * per)
+    layers = {number for number, _ in parts.model.blocks.named_children()}
     if facts.get("world_size", 1) != world.size and config.parallel.compress == "powersgd":
         log.info("PowerSGD starts with empty error buffers: they belonged to %d processes", facts.get("world_size", 1))
     best = facts["best_loss"]
@@ -293,7 +300,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         factors=facts.get("factors", {}),
         controllers=facts.get("controllers", {}),
         world_size=facts.get("world_size", 1),
-        carried={name: t[rows].to(device) for name, t in kinds["carried"].items()},
+        carried={name: t[rows].to(device) for name, t in kinds["carried"].items() if name.split(".")[1] in layers},
     )
 
 
@@ -315,13 +322,15 @@ def _read_shards(folder: Path, parts: Parts, points: int) -> None:
     empty_state(parts.optimizers)
     parts.averages.expected(points, any(name.startswith("average/ema/") for name in names))
     state = _sharded_state(parts)
-    if missing := sorted(state.keys() - names):
+    known = {name for told in parts.world.gather(sorted(state)) for name in told}  # stages hold different ones
+    if missing := sorted(known - names):
         raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-    if foreign := sorted(names - state.keys()):
+    if foreign := sorted(names - known):
         raise CheckpointError(f"{path}: tensor {foreign[0]!r} is foreign ({len(foreign)} in all)")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it should be
+            warnings.filterwarnings("ignore", message="Detected mismatched keys")  # of stages: so they should be
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
