@@ -397,6 +397,7 @@ class TrainConfig(Config):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
+    wandb: str = Field("", description="project of Weights & Biases to log to as well, if it is installed; empty: none")
 
     @field_validator("micro_batch")
     @classmethod

@@ -32,6 +32,7 @@ from llm_mlp.train.average import Averages
 from llm_mlp.train.console import Console, read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
 from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
+from llm_mlp.train.heads import HeadStatistics
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
 from llm_mlp.train.parallel import World, Wrapped, open_world, squared_norm, whole
@@ -230,6 +231,7 @@ class _Run:
         self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)
         self.optimizers = make_optimizers(self.model, config.optimizer)
         self.averages = Averages(self.model, config.average)
+        self.heads = HeadStatistics(self.model)
         self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
@@ -503,8 +505,10 @@ class _Run:
         if not any(len(data.tokens) for data in self.dataset.held_out):
             console.say("no held-out documents: no evaluation")
             return
-        score = self._score()
+        with self.heads.watching():
+            score = self._score()
         values = {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        values |= self.heads.values(self.world)
         for name, weights in self.averages.values().items():
             with self.averages.in_place(weights):
                 other = self._score()

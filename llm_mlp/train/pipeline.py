@@ -202,10 +202,11 @@ class _Forward(nn.Module):
         super().__init__()
         self.stages, self.world = nn.ModuleList(stages), world
 
-    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None, targets: Tensor, reduction: str = "sum") -> Output:
+    def forward(self, tokens: Tensor, *, cu_seqlens: Any, targets: Tensor, reduction: str = "sum") -> Output:
         assert self.world.mesh is not None and reduction == "sum"
         group, processes = self.world.mesh.get_group("pipeline"), self.world.config.pipeline
-        part = Part(Batch(tokens, targets, cu_seqlens, None, None, []))
+        bounds = None if cu_seqlens is None else torch.as_tensor(cu_seqlens)
+        part = Part(Batch(tokens, targets, bounds, None, None, []))
         loss = torch.zeros((), device=self.world.device)
         for stage in self.stages:
             assert isinstance(stage, Stage)

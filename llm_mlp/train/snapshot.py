@@ -45,7 +45,17 @@ log = logging.getLogger("llm_mlp.train")
 
 _NAME = re.compile(r"^step-(\d+)$")
 # What may differ on resume without changing the steps that are left.
-_FREE = ("out", "log_every", "device", "compile", "debug_checks", "data.cache_dir", "data.prepared", "micro_batch")
+_FREE = (
+    "out",
+    "log_every",
+    "wandb",
+    "device",
+    "compile",
+    "debug_checks",
+    "data.cache_dir",
+    "data.prepared",
+    "micro_batch",
+)
 _FREE_PREFIXES = ("evaluation.", "checkpoint.", "parallel.")
 SHARDS = "shards"
 

@@ -550,6 +550,24 @@ def test_torchrun_trains_dies_and_resumes(tmp_path):
     assert checkpoints(tmp_path / "run")[-1].name == f"step-{int(before[5:]) + 30:07d}"
 
 
+def test_torchrun_is_asked_to_stop(tmp_path):
+    """SIGTERM, as a scheduler sends it: every process ends with the step under way, and a checkpoint is saved."""
+    from llm_mlp.config import dump
+
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(tiny(tmp_path, "steps=3000", "checkpoint.every=20", "device=cpu")))
+    job = torchrun(tmp_path, config)
+    end = time.monotonic() + 120
+    while not checkpoints(tmp_path / "run") and time.monotonic() < end:
+        time.sleep(0.2)
+    job.terminate()
+    said = job.communicate(timeout=120)[1]
+    assert "a checkpoint will be saved" in said
+    step = int(checkpoints(tmp_path / "run")[-1].name[5:])
+    last = [line for line in read_metrics(tmp_path / "run") if "lr" in line][-1]
+    assert step == last["step"] < 3000
+
+
 def test_a_rendezvous_that_nobody_answers(tmp_path):
     from llm_mlp.config import dump
 
