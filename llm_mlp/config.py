@@ -388,7 +388,10 @@ class TrainConfig(Config):
         False,
         description="forward and backward as one CUDA graph, which does not wait for Python (packing joined, not fp16)",
     )
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass computes again: nothing, all but the costly products and ops, every block",
+    )
     on_nan: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
     deterministic: bool = Field(
         False, description="only deterministic algorithms, so that the same device gives the same bits (slower)"
@@ -422,6 +425,11 @@ class TrainConfig(Config):
         limit = self.control.max_batch
         if limit and (limit < self.batch_size or limit % self.batch_size):
             raise ValueError(f"control.max_batch = {limit} is not a multiple of batch_size = {self.batch_size}")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective sees no products in compiled blocks (where the compiler itself "
+                "computes again what is cheap); set none or full, or compile = false"
+            )
         if self.cuda_graph and self.micro_batch == "auto":
             raise ValueError("micro_batch = auto changes the shape that cuda_graph = true captures; give a number")
         if self.data.packing == "streams" and "attention" in self.model.mixers:

@@ -77,7 +77,7 @@ def bench_training(
     models = _pair(preset, on)
     mode = Precision(precision, on)  # type: ignore[arg-type]
     for model in models.values():
-        model.activation_checkpointing = checkpointing
+        model.activation_checkpointing = "full" if checkpointing else "none"
         if compile_:
             for block in model.blocks:
                 block.compile(dynamic=False)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.attention import AttentionMixer
@@ -23,6 +23,29 @@ from llm_mlp.ops.linear_step import Product, linear_step
 from llm_mlp.ops.perceive import check_indices
 
 MIXERS: dict[str, Any] = {"perception": PerceptionMixer, "attention": AttentionMixer}
+# What is computed again in the backward pass: nothing, everything but the costly products and ops, each block whole.
+Checkpointing = Literal["none", "selective", "full"]
+# Costly against what keeping their results takes; what lies between them is cheap.
+_KEPT = {
+    "aten.mm",
+    "aten.addmm",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "llm_mlp.perceive",
+    "llm_mlp.memorise_rank",
+    "llm_mlp.memorise_read",
+}
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(op.overloadpacket) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective() -> Any:
+    """What `torch.utils.checkpoint.checkpoint` takes as ``context_fn`` to keep the results of `_KEPT` alone."""
+    return create_selective_checkpoint_contexts(_policy)
 
 
 @dataclass
@@ -76,7 +99,7 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks: Any = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Checkpointing = "none"
 
     def init_weights(self) -> None:
         """Initial values (torch's global generator): the last layers of all branches and the head are zero."""
@@ -179,10 +202,11 @@ class LM(nn.Module):
             args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
             if routed:
                 earlier.append(x)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
                 # Without dropout there is no random state to go back to (nor may a CUDA graph ask for it).
                 random = self.config.dropout > 0
-                x, new = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=random)
+                keep: dict[str, Any] = {"context_fn": selective} if self.activation_checkpointing == "selective" else {}
+                x, new = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=random, **keep)
             else:
                 x, new = block(*args)
             after.update({f"layers.{i}.{name}": t for name, t in new.items()})

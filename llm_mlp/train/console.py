@@ -141,7 +141,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf8").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf8", errors="replace").splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

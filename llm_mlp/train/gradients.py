@@ -212,7 +212,7 @@ class Gradients:
         if micro <= 1:
             raise TrainingError(
                 f"step {step}: a single sequence of {self.config.data.seq_len} tokens does not fit in memory ({why}); "
-                "set activation_checkpointing: true, or a smaller data.seq_len"
+                "set activation_checkpointing: full, or a smaller data.seq_len"
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ def measured(config, mode, optimizer, parts, compiled=False):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     model = build_model(config, device=device)
-    model.activation_checkpointing = mode == "full"
+    model.activation_checkpointing = mode
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)

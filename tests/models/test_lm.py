@@ -306,14 +306,14 @@ def test_state_of_another_dtype(dtype):
 def test_activation_checkpointing(case):
     model, tokens = random_model(case).train(), random_tokens(2, 70)
     grads = []
-    for on in (False, True):
-        model.activation_checkpointing = on
+    for mode in ("none", "selective", "full"):
+        model.activation_checkpointing = mode
         torch.manual_seed(0)
         model(tokens, targets=tokens.roll(-1, 1)).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
-    for a, b in zip(*grads, strict=True):
-        assert differs(a, b) < 1e-12
+    for a, b, c in zip(*grads, strict=True):
+        assert differs(a, b) < 1e-12 and differs(a, c) < 1e-12
 
 
 def test_gradients_reach_an_earlier_block():

@@ -88,9 +88,11 @@ def test_accumulation_to_32(tmp_path):
     assert result.curve[1][1] == pytest.approx(whole.curve[1][1], abs=1e-4)
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path):
-    run(tmp_path, out="plain")
-    run(tmp_path, "activation_checkpointing=true", out="recomputed")
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("packing", ["joined", "reset"])
+def test_activation_checkpointing_changes_nothing(tmp_path, mode, packing):
+    run(tmp_path, f"data.packing={packing}", out="plain")
+    run(tmp_path, f"data.packing={packing}", f"activation_checkpointing={mode}", out="recomputed")
     assert_equal(weights(tmp_path / "plain/model"), weights(tmp_path / "recomputed/model"))
 
 

@@ -101,7 +101,7 @@ LAYOUTS = {
     "pipeline and data": (4, ["parallel.pipeline=2", "micro_batch=1"]),
     "interleaved and data": (4, [*INTERLEAVED, "micro_batch=1", *FOUR]),
     "pipeline and zero-3": (4, ["parallel.pipeline=2", "micro_batch=2", "parallel.data=fsdp"]),
-    "pipeline and zero-2, recomputed": (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=true"]),
+    "pipeline and zero-2, recomputed": (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=full"]),
     "pipeline and zero-1": (4, [*PIPELINED_ZERO, "parallel.zero=1"]),
     "interleaved and zero-3": (4, [*INTERLEAVED, "micro_batch=1", "parallel.data=fsdp", *FOUR]),
     "pipeline, packed": (2, ["parallel.pipeline=2", "micro_batch=2", "data.packing=reset"]),
@@ -111,7 +111,7 @@ LAYOUTS = {
         2,
         [*INTERLEAVED, "micro_batch=2", "data.packing=reset", "model.routing.last_layers=2", "model.n_layers=5"],
     ),
-    "context and zero-3": (4, ["parallel.context=2", "parallel.data=fsdp", "activation_checkpointing=true"]),
+    "context and zero-3": (4, ["parallel.context=2", "parallel.data=fsdp", "activation_checkpointing=full"]),
 }
 
 

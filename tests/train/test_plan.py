@@ -178,7 +178,7 @@ def test_layers_add_up_to_the_model(mode, preset):
     job = Job(config, GPUS["h100"], 1, T, B, "adamw")
     predicted = job.memory(Layout(1, 1, 1, 1, 0, B, mode))
     model = on_meta(config)
-    model.activation_checkpointing = mode == "full"
+    model.activation_checkpointing = mode
     with trace._fake(True):
         trace._with_fake_parameters(model)
         tokens = torch.empty((B, T), dtype=torch.int64)
@@ -282,7 +282,7 @@ def test_a_trillion_parameters_on_1024_gpus():
         (["--preset", "30m", "--batch", "5000"], "the nearest is 4096"),
         (["--preset", "30m", "--tokens", "-1"], "--tokens -1: expected"),
         (["--preset", "30m", "--optimizer", "sgd"], "expected muon or adamw"),
-        (["--preset", "30m", "--checkpointing", "some"], "expected auto, none, full"),
+        (["--preset", "30m", "--checkpointing", "some"], "expected auto, none, selective, full"),
         (["--preset", "30m", "--layout", "pq=4"], "unknown name 'pq'; did you mean"),
         (["--preset", "30m", "--layout", "pp=x"], "pp needs a whole number"),
         (["--preset", "30m", "--gpus", "8", "--layout", "pp=3"], "3 processes do not divide --gpus 8"),

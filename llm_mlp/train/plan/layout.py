@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models import model_cost
+from llm_mlp.models.lm import Checkpointing
 from llm_mlp.train.optim import AT_ONCE, NEWTON_SCHULZ_STEPS
 from llm_mlp.train.plan.figures import COPY, GPU, H100_PEAK, LINK_SHARE, PRODUCT, USABLE, WORKSPACE, PlanError
 from llm_mlp.train.plan.figures import rate as measured_rate
 from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, muon_bytes, weights_of
 
-Checkpointing = Literal["none", "full"]
-MODES: tuple[Checkpointing, ...] = ("none", "full")
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+SELECTIVE_COST = 1.05  # assumed: what computing all but the costly products again takes
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class Job:
         state = sum(n * w.state_bytes(shards) for w, n in stage.weights)
         gathered = self._gathered(layout)
         kinds = [i % len(c.pattern) if not c.routing.last_layers else i for i in range(c.n_layers)]
-        traces = {i: block_trace(own, i, layout.micro, span, self.on_gpu) for i in set(kinds)}
+        mode: Checkpointing = "selective" if layout.checkpointing == "selective" else "none"
+        traces = {i: block_trace(own, i, layout.micro, span, self.on_gpu, mode) for i in set(kinds)}
         loss = loss_trace(own, layout.micro, span, self.on_gpu)
         stream = 4 * layout.micro * span * c.d_model  # the residual stream, a layer's input
         crossed = layout.cp * sum(self.context_bytes(own, layout.micro)[0]) if layout.cp > 1 else 0
@@ -194,7 +196,9 @@ class Job:
         passing = sum(traces[i].state for i in kinds)  # which the caller has to the end of the forward pass
         working = max(t.forward - t.saved for t in traces.values())  # of a layer, forward
         again = [max(t.forward - t.saved + stream if full else 0, t.backward - t.saved) for t in traces.values()]
-        back = max(again) + (max(kept) if full else 0)
+        back = (
+            max(again) + (max(kept) if full else 0) + (stream if mode == "selective" else 0)
+        )  # the output, made again
         before = gradients if parts > 1 else 0  # from earlier micro-batches
         head = root // 2 // shards  # the head's gradients come first, the embedding's last
         others = gradients - head - 4 * stage.largest_block // shards
@@ -259,6 +263,7 @@ class Job:
         tokens = layout.micro * self.length // layout.cp
         layers, root = own.n_layers * self.layer_flops / layout.tp, self.head_flops
         part = tokens * (3 * (layers + root) + (layers if full else 0)) / self.rate
+        part *= SELECTIVE_COST if layout.checkpointing == "selective" else 1.0
         numbers = stage.numbers()
         around = (n - 1) / n
         if layout.zero == 0:

@@ -6,6 +6,7 @@ import difflib
 import math
 from typing import Any
 
+from llm_mlp.models.lm import Checkpointing
 from llm_mlp.train.plan.figures import (
     LINK_SHARE,
     STATED,
@@ -15,7 +16,7 @@ from llm_mlp.train.plan.figures import (
     find_gpu,
     leaf,
 )
-from llm_mlp.train.plan.layout import MODES, Checkpointing, Job, Layout, Time
+from llm_mlp.train.plan.layout import MODES, Job, Layout, Time
 from llm_mlp.train.plan.scale import scaled
 from llm_mlp.train.plan.trace import held_bytes
 

@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from llm_mlp.config import ModelConfig, OptimizerConfig, ParallelConfig
-from llm_mlp.models.lm import LM, Block
+from llm_mlp.models.lm import LM, Block, Checkpointing, selective
 from llm_mlp.models.mixer import rms_norm
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.backend import assuming
@@ -177,6 +178,10 @@ def _follow(
             state = sum(size for key, size in others.items() if key not in saved)
             own = sum(saved.values())
             saved.clear()
+            if (
+                not own
+            ):  # checkpointing has hooks of its own, and keeps what it keeps: all that is alive but what came out
+                own = live.now - y.nbytes - state
             output, grad = y.nbytes, torch.empty_like(y)
             edge = torch.autograd.graph.get_gradient_edge(y)
             del y, kept
@@ -186,13 +191,22 @@ def _follow(
 
 
 @cache
-def block_trace(config: ModelConfig, layer: int, sequences: int, length: int, on_gpu: bool) -> Trace:
-    """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32."""
+def block_trace(
+    config: ModelConfig, layer: int, sequences: int, length: int, on_gpu: bool, mode: Checkpointing = "none"
+) -> Trace:
+    """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32.
+
+    ``mode`` selective: as it is then run (of ``full`` nothing but the input is kept, which needs no trace of its own).
+    """
     with torch.device("meta"):
         block = Block(config, layer)
 
     def run(x: Tensor) -> tuple[Tensor, Any]:
         earlier = [torch.empty_like(x) for _ in range(layer)] if block.routing is not None else None
+        if mode == "selective":
+            return checkpoint(
+                block, x, earlier, None, None, use_reentrant=False, preserve_rng_state=False, context_fn=selective
+            )
         return block(x, earlier, None, None)
 
     return _follow(block, (sequences, length, config.d_model), run, on_gpu)
