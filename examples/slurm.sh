@@ -1,5 +1,5 @@
 #!/bin/bash
-# A run on several nodes under Slurm; adapt the first lines. sbatch examples/slurm.sh 900m parallel.data=fsdp
+# A run on several nodes under Slurm; adapt the first lines. sbatch examples/slurm.sh 30m model=900m parallel.data=fsdp
 #SBATCH --job-name=llm-mlp
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
