@@ -153,14 +153,16 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(model: LM, path: Path, into: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+def load_weights(model: LM, path: Path, into: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> None:
     """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape.
 
-    ``into(stored, own)``: what of a stored tensor the model's own takes, where that is sharded.
+    ``into(name, stored, own)``: what of a stored tensor the model's own takes, where that is a part of it.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
     own = model.state_dict()
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in LM(model.config).state_dict().items()}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -170,13 +172,13 @@ def load_weights(model: LM, path: Path, into: Callable[[Tensor, Tensor], Tensor]
                 raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
             for name, tensor in own.items():
                 stored = file.get_tensor(name)
-                if stored.shape != tensor.shape:
+                if stored.shape != shapes[name]:
                     raise CheckpointError(
                         f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the config says "
-                        f"{tuple(tensor.shape)}"
+                        f"{tuple(shapes[name])}"
                     )
                 with torch.no_grad():
-                    tensor.copy_(stored if into is None else into(stored.to(tensor.device), tensor))
+                    tensor.copy_(stored if into is None else into(name, stored.to(tensor.device), tensor))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 

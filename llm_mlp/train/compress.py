@@ -29,13 +29,15 @@ class Communication:
         self.measure = False
         self._own: list[Tensor] = []
         self._powersgd: powersgd.PowerSGDState | None = None
+        self._group: dist.ProcessGroup | None = None  # None: all processes
 
     def register(self, model: DistributedDataParallel, config: ParallelConfig) -> None:
+        self._group = model.process_group
         hook = {"none": self._plain, "bf16": self._bfloat16, "powersgd": self._power}[config.compress]
         if config.compress == "powersgd":
             logging.getLogger(powersgd.__name__).setLevel(logging.WARNING)
             self._powersgd = powersgd.PowerSGDState(
-                None,
+                self._group,
                 matrix_approximation_rank=config.powersgd_rank,
                 start_powerSGD_iter=START,
                 compression_stats_logging_frequency=2**62,
@@ -57,16 +59,16 @@ class Communication:
         return hook(bucket)
 
     def _plain(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer().div_(dist.get_world_size())
+        buffer = bucket.buffer().div_(dist.get_world_size(self._group))
         self.sent_bytes += buffer.nbytes
-        return _all_reduce(buffer).then(lambda future: future.value()[0])
+        return self._all_reduce(buffer).then(lambda future: future.value()[0])
 
     def _bfloat16(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # torch's own hook of this kind is for NCCL.
         buffer = bucket.buffer()
-        small = buffer.div(dist.get_world_size()).bfloat16()
+        small = buffer.div(dist.get_world_size(self._group)).bfloat16()
         self.sent_bytes += small.nbytes
-        return _all_reduce(small).then(lambda future: buffer.copy_(future.value()[0]))
+        return self._all_reduce(small).then(lambda future: buffer.copy_(future.value()[0]))
 
     def _power(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         state = self._powersgd
@@ -79,6 +81,5 @@ class Communication:
         self.sent_bytes += (state.total_numel_after_compression - before) * bucket.buffer().element_size()
         return future
 
-
-def _all_reduce(buffer: Tensor) -> torch.futures.Future[list[Tensor]]:
-    return dist.all_reduce(buffer, async_op=True).get_future()
+    def _all_reduce(self, buffer: Tensor) -> torch.futures.Future[list[Tensor]]:
+        return dist.all_reduce(buffer, group=self._group, async_op=True).get_future()

@@ -71,7 +71,7 @@ class Gradients:
         counted = sum(_targets(b) for b in batches)
         if world.data_size > 1:
             total = torch.tensor(float(counted), dtype=torch.float64, device=self.device)
-            counted = round(float(world.sum(total))) // world.config.context
+            counted = round(float(world.sum(total))) * world.data_size // world.size
         while True:
             try:
                 sums, carried = self._accumulate(batches, counted, step)
@@ -84,7 +84,7 @@ class Gradients:
             if name not in self.progress.carried:
                 self.progress.carried[name] = t.new_zeros((per, *t.shape))
             self.progress.carried[name][stream] = t
-        return sums, counted
+        return world.once(sums), counted
 
     def _read(self, first: int, count: int) -> list[Batch]:
         """This process's samples in parts of a micro-batch."""
@@ -94,11 +94,11 @@ class Gradients:
     def _accumulate(self, batches: list[Batch], counted: int, step: int) -> tuple[Tensor, Carried]:
         """Forward and backward passes of the parts; the sums of `of`, and the streams' states after them."""
         world, wrapped = self.world, self.wrapped
-        # DDP and fully_shard average the processes' gradients; their sum is meant.
-        scale = world.size / max(1, counted)
+        # DDP and fully_shard average the copies' gradients; their sum is meant.
+        scale = world.copies / max(1, counted)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         carried: Carried = []
-        measure = self.config.control.batch != "off" and world.config.context == 1
+        measure = self.config.control.batch != "off" and world.config.context == world.config.tensor == 1
         wrapped.communication.measure = measure and len(batches) == 1
         for n, batch in enumerate(batches):
             last = n == len(batches) - 1
@@ -106,7 +106,8 @@ class Gradients:
                 with wrapped.part(last):
                     sums[0] += self._gradients(batch, scale, carried) / scale
             except torch.OutOfMemoryError as error:
-                if self._captured is not None or (world.size > 1 and (last or wrapped.sharded)):
+                together = wrapped.sharded or world.config.tensor > 1  # in every part
+                if self._captured is not None or (world.size > 1 and (last or together)):
                     raise self._does_not_fit(error, step, len(batch.sample_ids)) from error
                 raise _OutOfMemory(str(error).splitlines()[0]) from None
             if measure and n == 0 and not last and not (wrapped.sharded and world.config.zero == 1):
@@ -130,7 +131,7 @@ class Gradients:
         own = _targets(batch)
         if not own:
             return torch.zeros(3, dtype=torch.float64, device=self.device)
-        undo = counted / (own * self.world.size * self.precision.scaler.get_scale())
+        undo = counted / (own * self.world.copies * self.precision.scaler.get_scale())
         rest = squares.new_tensor([1.0, len(batch.sample_ids)], dtype=torch.float64)
         return torch.cat([squares.double()[None] * undo**2, rest])
 

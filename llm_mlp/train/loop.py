@@ -34,8 +34,9 @@ from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, ma
 from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
-from llm_mlp.train.parallel import World, Wrapped, open_world, squared_norm, whole
+from llm_mlp.train.parallel import World, Wrapped, open_world
 from llm_mlp.train.schedule import decay_factor, momentum_at, rate_factor, warmup_steps
+from llm_mlp.train.tensor import cut
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -145,16 +146,18 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def _check(config: TrainConfig, world: World) -> None:
     """What needs the processes and their devices to be known."""
     device, parallel = world.device, config.parallel
-    if parallel.pipeline > 1 or parallel.tensor > 1:
-        raise ConfigError("parallel.pipeline and parallel.tensor cannot be used yet")
+    if parallel.pipeline > 1:
+        raise ConfigError("parallel.pipeline cannot be used yet")
     if config.compile and device.type == "cpu":
         _need_compiler()
     if config.cuda_graph and (device.type != "cuda" or world.size > 1):
         raise ConfigError(
             f"cuda_graph: true needs a CUDA device and one process; this run is on {device} with {world.size}"
         )
-    if config.micro_batch == "auto" and (config.parallel.context > 1 or config.parallel.data == "fsdp"):
-        raise ConfigError("micro_batch: auto tries sizes on each process alone; with fsdp or parallel.context give one")
+    if config.micro_batch == "auto" and (parallel.context > 1 or parallel.tensor > 1 or parallel.data == "fsdp"):
+        raise ConfigError(
+            "micro_batch: auto tries sizes on each process alone; give one with fsdp, parallel.context or tensor"
+        )
     per = world.per_rank(config.batch_size)
     if config.micro_batch not in (0, "auto") and per % int(config.micro_batch):
         raise ConfigError(
@@ -217,15 +220,16 @@ class _Run:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.cuts = cut(self.model, world)
         self.wrapped = Wrapped(self.model, world)
-        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.optimizers = make_optimizers(self.model, config.optimizer, self.cuts)
         self.averages = Averages(self.model, config.average)
         self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
         self.precision = Precision(config.precision, self.device)
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
-        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world)
+        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world, self.cuts)
         self.progress = snapshot.Progress(batch_size=config.batch_size)
         self.replay: Replay | None = None
         if resume:
@@ -347,9 +351,9 @@ class _Run:
     def _export(self) -> None:
         """The finished model, and its averages, each as a folder of its own."""
         names = [name for name, _ in self.model.named_parameters()]
-        weights = {"model": snapshot.full_weights(self.model)}
+        weights = {"model": snapshot.full_weights(self.model, self.cuts)}
         for kind, values in self.averages.values().items():
-            own = {name: whole(t).cpu() for name, t in zip(names, values, strict=True)}
+            own = {name: self.cuts.whole(name, t).cpu() for name, t in zip(names, values, strict=True)}
             weights[f"model-{kind}"] = weights["model"] | own
         if self.world.main:
             for name, tensors in weights.items():
@@ -374,29 +378,30 @@ class _Run:
         # Schedules go by samples: how many steps of the configured batch size they make.
         place = first / config.batch_size
         if config.model.dropout:
-            torch.manual_seed(_mixed(config.seed, step, self.world.rank))
+            torch.manual_seed(_mixed(config.seed, step, self.world.copy))
         factor = max(math.prod(self.progress.factors.values()), config.control.min_factor)
         self._rate = config.optimizer.lr * rate_factor(config.schedule, place, config.steps) * factor
         decay = decay_factor(config.schedule, place, config.steps)
         momentum = momentum_at(config.schedule, config.optimizer.momentum, place)
         set_rates(self.optimizers, self._rate, decay, momentum)
         sums, counted = self.gradients.of(first, batch_size, step)
+        self.cuts.sum_shared(self.model)
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
         limit = clip_limit(config.optimizer, self.parameters)
-        size = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        size = self.cuts.clip(self.model, limit)
         # One exchange for all that the processes have to agree on.
         sums = self.world.sum(torch.cat([sums, sums.new_tensor([float(asked)])]))
         loss, part_squares, parts, part_size, stopping = sums.tolist()
         self.loader.load_state_dict({**self.loader.state_dict(), "sample": first + batch_size})
-        tensors = momentum_tensors(self.optimizers) if config.control.rate_from_gradients else []
+        tensors = momentum_tensors(self.model, self.optimizers) if config.control.rate_from_gradients else {}
         metrics = Metrics(
             step,
             loss / max(1, counted),
             size,
             batch_size,
             warm=place >= warmup_steps(config.schedule, config.steps),
-            momentum_norm=math.sqrt(squared_norm(tensors)) if tensors else None,
+            momentum_norm=math.sqrt(self.cuts.squared_norm(tensors)) if tensors else None,
             clipped_norm=min(size, limit),
             micro_norm_squared=part_squares / parts if parts else None,
             micro_size=round(part_size / parts) if parts else None,
@@ -498,7 +503,7 @@ class _Run:
         self.progress.best_loss = min(self.progress.best_loss, score.loss)
 
     def _score(self) -> TextScore:
-        """Of the held-out documents, each process a part of them."""
+        """Of the held-out documents, each copy of the model a part of them."""
         config, world = self.config, self.world
         found = held_out_batches(
             self.dataset,
@@ -511,8 +516,8 @@ class _Run:
         if world.size > 1:
             assert isinstance(every, list)
             # Sharded weights are gathered by all together: each process reads equally many batches.
-            rounds = -(-len(every) // world.size)
-            own = range(world.rank, rounds * world.size, world.size)
+            rounds = -(-len(every) // world.copies)
+            own = range(world.copy, rounds * world.copies, world.copies)
             batches = [every[n] if n < len(every) else _uncounted(every[0]) for n in own]
         # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
@@ -520,7 +525,7 @@ class _Run:
         if world.size == 1:
             return score
         sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)
-        tokens, size, nats = world.sum(sums).tolist()
+        tokens, size, nats = world.sum(world.once(sums)).tolist()
         return TextScore(round(tokens), round(size), nats)
 
     def _save(self) -> None:

@@ -84,6 +84,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def once(self, values: Tensor) -> Tensor:
+        """``values`` to be summed over all processes, where those of a tensor group have the same."""
+        return values if self.tensor_rank == 0 else torch.zeros_like(values)
+
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
@@ -148,9 +152,9 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not started and not dist.is_initialized():
         alone = World(ParallelConfig(), pick_device(device))
-        if config.context > 1 or config.replicas > 1:
+        if config.context > 1 or config.replicas > 1 or config.tensor > 1:
             raise ConfigError(
-                "parallel.context and parallel.replicas need several processes: "
+                "parallel.context, parallel.replicas and parallel.tensor need several processes: "
                 "torchrun --nproc-per-node N -m llm_mlp train ..."
             )
         yield alone
@@ -261,9 +265,11 @@ class Wrapped:
             return
         if config.data == "fsdp":
             shard(model, world)
-        else:
+        elif world.copies > 1:
             own = [world.device.index] if world.device.type == "cuda" else None
-            parallel = DistributedDataParallel(model, device_ids=own)
+            assert world.mesh is not None
+            group = None if world.copies == world.size else world.mesh["shard"].get_group()
+            parallel = DistributedDataParallel(model, device_ids=own, process_group=group)
             self.communication.register(parallel, config)
             self.call = parallel
 

@@ -117,6 +117,44 @@ def test_processes_read_instruction_records(tmp_path, layout):
     assert_same(tmp_path, "one", "many", 1e-9)
 
 
+# -- tensor parallelism --------------------------------------------------------------------------------------------
+
+# Every kind of parameter there is, and matrices that are large enough for Muon.
+WIDE = (
+    "model.perception={groups: 4, heads_per_group: 2, read_width: 32, features: 64, value_width: 8, gate_rank: 32}",
+    "model.perception={erase: diagonal, surprise: true}",
+    "model.ffn={activation: adaptive, hidden: 96, adaptive_groups: 4}",
+    "model.routing.last_layers=1",
+)
+TENSOR = {
+    "tensor": (2, ["parallel.tensor=2"]),
+    "tensor of four": (4, ["parallel.tensor=4"]),
+    "tensor in parts": (2, ["parallel.tensor=2", "micro_batch=2", "activation_checkpointing=true"]),
+    "tensor and data": (4, ["parallel.tensor=2"]),
+    "tensor and data in parts": (4, ["parallel.tensor=2", "micro_batch=2"]),
+    "tensor and context": (4, ["parallel.tensor=2", "parallel.context=2"]),
+    "tensor and zero-3": (4, ["parallel.tensor=2", "parallel.data=fsdp"]),
+    "tensor and zero-2 in parts": (4, ["parallel.tensor=2", "parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"]),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", TENSOR)
+def test_parts_of_layers_train_as_one(tmp_path, layout, optimizer):
+    size, overrides = TENSOR[layout]
+    common = (
+        *EXACT,
+        *WIDE,
+        f"optimizer.name={optimizer}",
+        "evaluation.every=10",
+        "average={ema: 0.9, last: 2, every: 5}",
+    )
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start)
+    assert_same(tmp_path, "one", "many", 1e-9)
+
+
 # -- context parallelism -------------------------------------------------------------------------------------------
 
 
