@@ -52,13 +52,16 @@ class Averages:
     def in_place(self, values: list[Tensor]) -> Iterator[None]:
         """The model with ``values`` as its weights."""
         own = [w.clone() for w in self._weights()]
-        with torch.no_grad():
-            torch._foreach_copy_(self._weights(), values)
+        self._set(values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._weights(), own)
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for w, value in zip(self._weights(), values, strict=True):  # one by one: sharded ones know no `_foreach_copy_`
+            w.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: ``ema/<name>``, ``0/<name>`` ... of the points."""

@@ -522,6 +522,7 @@ class _Run:
         # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             score = score_batches(self.model, batches, self.precision)
+        self.wrapped.reshard()
         if world.size == 1:
             return score
         sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)

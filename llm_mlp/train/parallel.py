@@ -277,6 +277,12 @@ class Wrapped:
     def sharded(self) -> bool:
         return self.world.size > 1 and self.world.config.data == "fsdp"
 
+    def reshard(self) -> None:
+        """After a forward pass without a backward one: parameters that it left whole are sharded again."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a part of the batch; gradients are exchanged in the ``last``."""
