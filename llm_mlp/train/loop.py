@@ -210,7 +210,8 @@ class _Run:
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
                 f"{self.dataset.tokenizer.vocab_size} tokens"
             )
-        self.model: LM = build_model(config.model, seed=config.seed, device=self.device)
+        # Made on the CPU: of a model whose layers are shared out, the device gets this process's part alone.
+        self.model: LM = build_model(config.model, seed=config.seed)
         if config.precision == "fp64":
             self.model.double()
         if init_from:
@@ -221,6 +222,7 @@ class _Run:
                 block.compile(dynamic=False)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.cuts = cut(self.model, world)
+        self.model.to(self.device)
         self.wrapped = Wrapped(self.model, world)
         self.optimizers = make_optimizers(self.model, config.optimizer, self.cuts)
         self.averages = Averages(self.model, config.average)

@@ -13,7 +13,7 @@ parts are summed once a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +110,9 @@ class Cuts:
             return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = math.sqrt(self.squared_norm(gradients))
-        if not norm <= limit:
-            # As torch's own: what is not finite makes all gradients so.
-            torch._foreach_mul_(_local(gradients.values()), limit / (norm + 1e-6))
+        factor = limit / (norm + 1e-6)  # as torch's own; what is not a number makes all gradients so
+        if not factor >= 1:
+            torch._foreach_mul_(_local(gradients.values()), factor)
         return norm
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Cuts:
                 yield local.narrow(cut.dim, low, high - low)
 
 
-def _local(tensors) -> list[Tensor]:
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 

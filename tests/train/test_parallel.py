@@ -67,14 +67,14 @@ def many(folder: Path, size: int, *overrides: str, **options) -> dict:
     return found[0]
 
 
-def assert_same(folder: Path, one: str, other: str, limit: float) -> None:
+def assert_same(folder: Path, one: str, other: str, limit: float, kind: str = "model") -> None:
     a, b = (read_metrics(folder / name) for name in (one, other))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
-        for key in ("loss", "grad_norm", "held_out_loss"):
+        for key in ("loss", "grad_norm", "held_out_loss", "held_out_loss_ema", "held_out_loss_mean"):
             if key in x:
                 assert x[key] == pytest.approx(y[key], rel=limit), (x["step"], key)
-    a, b = (read_tensors(folder / name / "model/model.safetensors") for name in (one, other))
+    a, b = (read_tensors(folder / name / kind / "model.safetensors") for name in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).norm() <= limit * a[name].norm(), name
@@ -152,7 +152,79 @@ def test_parts_of_layers_train_as_one(tmp_path, layout, optimizer):
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
+    for kind in ("model", "model-ema", "model-mean"):
+        assert_same(tmp_path, "one", "many", 1e-9, kind)
+
+
+@pytest.mark.parametrize("packing", ["joined", "reset"])
+def test_parts_of_layers_drop_the_same_and_measure_the_same(tmp_path, packing):
+    common = (*EXACT, *WIDE, f"data.packing={packing}", "model.dropout=0.2", "control.rate_from_gradients=true")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, 2, *common, "parallel.tensor=2", out="many", init_from=start)
     assert_same(tmp_path, "one", "many", 1e-9)
+    one, other = (
+        json.loads((checkpoints(tmp_path / name)[-1] / "training.json").read_text())["controllers"]["gradient_noise"]
+        for name in ("one", "many")
+    )
+    assert other["recent"] == pytest.approx(one["recent"], rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
+    """Of one process in two parts, in two shards, in two parts of shards, and in one again; checkpoints are whole."""
+    common = (*EXACT, *WIDE, "steps=10", f"optimizer.name={optimizer}", "average={ema: 0.9, last: 2, every: 2}")
+    common = (*common, "checkpoint.every=2", "evaluation.every=5")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    run(tmp_path, *common, out="many", init_from=start, stop_after=2)
+    layouts = (2, ["tensor=2"]), (2, ["data=fsdp"]), (4, ["data=fsdp", "tensor=2"])
+    for step, (size, layout) in zip((4, 6, 8), layouts, strict=True):
+        overrides = [f"parallel.{o}" for o in layout]
+        many(tmp_path, size, *common, *overrides, out="many", resume=True, stop_after=step)
+    run(tmp_path, *common, out="many", resume=True)
+    for kind in ("model", "model-ema", "model-mean"):
+        assert_same(tmp_path, "one", "many", 1e-9, kind)
+    for step in (4, 8):
+        whole, joined = (
+            {**read_tensors(folder / "model.safetensors"), **read_tensors(folder / "training.safetensors")}
+            for folder in (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
+        )
+        assert whole.keys() == joined.keys()
+        for name, t in whole.items():
+            assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
+
+
+def summed(folder: str) -> list[int]:
+    """Sums over a tensor group of a forward pass, and of it with a backward pass; layers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from llm_mlp.config import ParallelConfig
+    from llm_mlp.train.parallel import World
+    from llm_mlp.train.tensor import cut
+
+    config = tiny(Path(folder), *EXACT)
+    model = build_model(config.model).double()
+    cut(model, World(ParallelConfig(tensor=2), torch.device("cpu"), dist.get_rank(), 2))
+    tokens = torch.arange(64).view(2, -1)
+    sums = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            sums.extend([func] if "all_reduce" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        loss = model(tokens, targets=tokens).loss
+        forward = len(sums)
+        loss.backward()
+    return [forward, len(sums), config.model.n_layers]
+
+
+def test_parts_of_a_layer_meet_twice_each_way(tmp_path):
+    tiny(tmp_path)
+    for forward, both, layers in together(2, summed, str(tmp_path)):
+        assert forward == 2 * layers and both == 4 * layers
 
 
 # -- context parallelism -------------------------------------------------------------------------------------------
@@ -418,6 +490,8 @@ def misfit(folder: str, overrides: tuple[str, ...]) -> None:
     ("size", "overrides", "says"),
     [
         (2, ["parallel.context=4"], "parallel.context = 4 does not divide the 2 processes"),
+        (2, ["parallel.tensor=3", "model.perception.groups=3"], "parallel.tensor = 3 does not divide the 2 processes"),
+        (2, ["parallel.tensor=2", "micro_batch=auto"], "micro_batch: auto tries sizes on each process alone"),
         (2, ["batch_size=5"], "batch_size = 5 cannot be dealt to 2 processes"),
         (2, ["batch_size=8", "micro_batch=8"], "micro_batch = 8 does not divide the 4 sequences"),
         (2, ["parallel.data=fsdp", "parallel.replicas=4"], "parallel.replicas = 4 does not divide"),

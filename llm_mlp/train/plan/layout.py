@@ -1,8 +1,7 @@
 """How a run may be spread over GPUs, and what each way costs: memory of a process, bytes it sends, seconds a step.
 
-Fully sharded data parallelism and context parallelism are the engine's own (`llm_mlp.train.parallel`, `.context`); a
-pipeline is taken to run one forward and one backward pass in turn, and tensor parallelism to split a layer's groups
-and its FFN's hidden channels within a node, with two sums of the residual stream each way.
+Fully sharded data parallelism, context parallelism and tensor parallelism within a node are the engine's own
+(`llm_mlp.train.parallel`, `.context`, `.tensor`); a pipeline is taken to run one forward and one backward pass in turn.
 """
 
 from __future__ import annotations
