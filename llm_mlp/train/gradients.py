@@ -106,7 +106,8 @@ class Gradients:
                 with wrapped.part(last):
                     sums[0] += self._gradients(batch, scale, carried) / scale
             except torch.OutOfMemoryError as error:
-                together = wrapped.sharded or world.config.tensor > 1  # in every part
+                # Processes that exchange something in every part wait for this one already.
+                together = wrapped.sharded or self.split is not None or world.config.tensor > 1
                 if self._captured is not None or (world.size > 1 and (last or together)):
                     raise self._does_not_fit(error, step, len(batch.sample_ids)) from error
                 raise _OutOfMemory(str(error).splitlines()[0]) from None
@@ -254,6 +255,13 @@ class Gradients:
             raise CheckpointError(f"{path}: not a note of this program; delete it") from None
         self.progress.micro_batch = max(1, min(self.progress.micro_batch or micro, micro // 2))
         log.warning("the run before ran out of memory with %d sequences; now %d", micro, self.progress.micro_batch)
+
+    def fitted(self, step: int) -> None:
+        """The checkpoint of ``step`` stands: a note of that step or an earlier one is done with."""
+        path = self.run / OUT_OF_MEMORY
+        # Another process may be a step ahead already, and have left a new one.
+        if path.is_file() and json.loads(path.read_text(encoding="utf8"))["step"] <= step:
+            path.unlink()
 
 
 def _targets(batch: Batch) -> int:

@@ -31,7 +31,7 @@ from llm_mlp.train import snapshot
 from llm_mlp.train.average import Averages
 from llm_mlp.train.console import Console, read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
-from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
+from llm_mlp.train.gradients import Gradients, TrainingError
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
 from llm_mlp.train.parallel import World, Wrapped, open_world
@@ -550,7 +550,7 @@ class _Run:
         )
         self._best = False
         if self.world.main:
-            (self.run / OUT_OF_MEMORY).unlink(missing_ok=True)
+            self.gradients.fitted(progress.step)
 
 
 def _due(every: int, step: int) -> bool:

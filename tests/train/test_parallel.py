@@ -195,6 +195,33 @@ def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
             assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
 
 
+def held_by_all(folder: str, overrides: tuple[str, ...]) -> dict[str, bytes]:
+    """Weights that every process of a tensor group holds, after a run."""
+    from llm_mlp.train.loop import _Run
+
+    real, found = _Run.go, {}
+
+    def go(self):
+        result = real(self)
+        for name, p in self.model.named_parameters():
+            found[name] = b"".join(t.contiguous().numpy().tobytes() for t in self.cuts._alike(name, p.detach()))
+        return result
+
+    _Run.go = go
+    run(Path(folder), *overrides)
+    return found
+
+
+@pytest.mark.parametrize("compress", ["none", "powersgd"])
+def test_what_all_hold_stays_the_same_bit_for_bit(tmp_path, compress):
+    common = ("batch_size=8", *WIDE, "model.d_model=64", "model.attention={heads: 4, head_dim: 16}", "steps=10")
+    tiny(tmp_path)
+    layout = ("parallel.tensor=2", f"parallel.compress={compress}")
+    first, *others = together(4, held_by_all, str(tmp_path), (*common, *layout))
+    assert any("in_proj" in name and held for name, held in first.items())
+    assert all(other == first for other in others)
+
+
 def summed(folder: str) -> list[int]:
     """Sums over a tensor group of a forward pass, and of it with a backward pass; layers."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -391,9 +418,13 @@ def test_memory_that_ends_before_gradients_meet_halves_the_part(tmp_path):
         assert a == pytest.approx(b, rel=1e-9)
 
 
-@pytest.mark.parametrize("layout", [["micro_batch=4"], ["parallel.data=fsdp", "micro_batch=4"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["parallel.data=fsdp"], ["parallel.tensor=2", "batch_size=4"], ["parallel.context=2", "batch_size=4"]],
+    ids=["ddp", "fsdp", "tensor", "context"],
+)
 def test_memory_that_ends_where_others_wait_ends_the_run_which_resumes_in_smaller_parts(tmp_path, layout):
-    common = (*EXACT, "steps=4", "checkpoint.every=1", *layout)
+    common = (*EXACT, "steps=4", "checkpoint.every=1", *layout, "micro_batch=4")
     found = outcomes(2, fails, str(tmp_path), common, 1, "memory")
     assert "step 3: rank 1 ran out of memory with 4 sequences" in found[1][1] and "takes 2" in found[1][1]
     assert "RankError: rank 1 of 2 failed: TrainingError: step 3: rank 1 ran out of memory" in found[0][1]
