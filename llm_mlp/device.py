@@ -8,7 +8,7 @@ from llm_mlp.config import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one.
+    """``auto`` is the GPU if there is one. A numbered GPU becomes the current one: kernels are launched there.
 
     Raises:
         ConfigError: a device this machine does not have.
@@ -20,4 +20,6 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).sum().item()  # a device that cannot hold numbers (meta) fails here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

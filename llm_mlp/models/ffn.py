@@ -10,6 +10,11 @@ from llm_mlp.models.mixer import Cost, Linear, init_linear, rms_norm
 from llm_mlp.ops.linear_step import Product, linear_step
 
 
+def _squared(x: Tensor) -> Tensor:
+    """A product, which stays bf16 under autocast: powers become float32 on CUDA, twice the memory."""
+    return x * x
+
+
 class FFN(nn.Module):
     """``W2 psi(W1 x)``; psi(u) = relu(u)^2 + tanh(c(x)) relu(-u)^2, c one value per token and group of channels.
 
@@ -33,10 +38,10 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
         u = self.up(x)
-        h = u.relu().square()
+        h = _squared(u.relu())
         if self.shape is not None:
             c = torch.tanh(self.shape(x))[..., None]  # [..., groups, 1]
-            h = h + (c * (-u).relu().square().unflatten(-1, (c.shape[-2], -1))).flatten(-2)
+            h = h + (c * _squared((-u).relu()).unflatten(-1, (c.shape[-2], -1))).flatten(-2)
         return self.down(h)
 
     def step(self, x: Tensor, eps: float) -> Tensor:

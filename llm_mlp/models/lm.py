@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -108,7 +109,7 @@ class LM(nn.Module):
         self,
         tokens: Tensor,
         state: State | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | np.ndarray | None = None,
         targets: Tensor | None = None,
         logits: Literal["all", "last", "none"] = "all",
         reduction: Literal["mean", "sum", "none"] = "mean",
@@ -117,7 +118,7 @@ class LM(nn.Module):
 
         Args:
             state: from `init_state` or an earlier call; None starts afresh.
-            cu_seqlens: CPU integers ``[N+1]``: N packed sequences (B = 1); the state is ``[N, ...]``.
+            cu_seqlens: CPU integers ``[N+1]``, tensor or array: N packed sequences (B = 1); the state is ``[N, ...]``.
             targets: ``[B, T]``, -100 not counted: gives the loss without the full logits in memory.
             logits: which logits to return; those of ``last`` are ``[B, 1, V]`` (packed: ``[1, N, V]``, of the last
                 token of each sequence; none of them may be empty). With targets none are returned.
@@ -129,6 +130,8 @@ class LM(nn.Module):
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [B, T]")
         self._check_tokens(tokens)
+        if cu_seqlens is not None:
+            cu_seqlens = torch.as_tensor(cu_seqlens)
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits = {logits!r}: expected all, last or none")
         if logits == "last" and cu_seqlens is not None and not bool((cu_seqlens.diff() > 0).all()):

@@ -155,7 +155,8 @@ class Gradients:
             out = self.wrapped.call(
                 batch.tokens.to(self.device, non_blocking=True),
                 state,
-                batch.cu_seqlens,
+                # Not as a tensor: DDP and fully_shard would move it to the device.
+                None if batch.cu_seqlens is None else batch.cu_seqlens.numpy(),
                 targets=batch.targets.to(self.device, non_blocking=True),
                 reduction="sum",
             )

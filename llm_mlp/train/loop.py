@@ -193,6 +193,8 @@ class _Run:
         on_step: Callable[[int, float], None] | None,
     ) -> None:
         self.config, self.world, self.device = config, world, world.device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.run = Path(config.out)
         self.stop_after, self.on_step, self.quiet = stop_after, on_step, quiet or not world.main
         last = snapshot.checkpoints(self.run)

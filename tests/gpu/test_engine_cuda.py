@@ -41,7 +41,11 @@ def test_graphs_change_nothing(dtype):
     asked = requests(model, 20)
     with_graphs, without = (answers(model, asked, True, graphs=graphs) for graphs in (True, False))
     assert all(len(found) == 40 for found in with_graphs)
-    assert with_graphs == without
+    # A graph's batch is padded to a power of two, where other products may be chosen.
+    for found, wanted in zip(with_graphs, without, strict=True):
+        assert [token for token, _ in found] == [token for token, _ in wanted]
+        logprobs = [logprob for _, logprob in wanted]
+        assert [p for _, p in found] == pytest.approx(logprobs, abs=1e-4 if dtype == torch.float32 else 5e-2)
 
 
 def test_invariant_to_the_bit():

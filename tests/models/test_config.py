@@ -205,6 +205,16 @@ def test_ill_typed_values(cls, values, message):
         build(cls, values)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("off", "off"), ("on", "on"), ("no", "no"), ("true", True), ("False", False), ("010", 10), ("0x10", 16)]
+    + [("1_000", 1000), ("-3", -3), ("4e-3", 4e-3), ("1.5", 1.5), ("~", None), ("12:30", "12:30")],
+)
+def test_yaml_is_read_as_it_looks(text, value):
+    (found,) = apply_overrides({}, [f"x={text}"]).values()
+    assert found == value and type(found) is type(value)
+
+
 def test_every_bad_field_is_named():
     with pytest.raises(ConfigError, match=r"^run.yaml: (?=.*stepz)(?=.*optimizer\.lr)(?=.*micro)") as error:
         build(TrainConfig, {"stepz": 1, "optimizer": {"lr": "x"}, "micro_batch": -1}, "run.yaml")
