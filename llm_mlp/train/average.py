@@ -52,15 +52,15 @@ class Averages:
     def in_place(self, values: list[Tensor]) -> Iterator[None]:
         """The model with ``values`` as its weights."""
         own = [w.clone() for w in self._weights()]
-        self._set(values)
+        self._fill(values)
         try:
             yield
         finally:
-            self._set(own)
+            self._fill(own)
 
     @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        for w, value in zip(self._weights(), values, strict=True):  # one by one: sharded ones know no `_foreach_copy_`
+    def _fill(self, values: list[Tensor]) -> None:
+        for w, value in zip(self._weights(), values, strict=True):  # torch._foreach_copy_ knows no sharded tensors
             w.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,21 +28,21 @@ class Communication:
     def __init__(self) -> None:
         self.sent_bytes = self.plain_bytes = self.exchanges = 0
         self.measure = False
+        self.group: dist.ProcessGroup | None = None
         self._own: list[Tensor] = []
-        self._powersgd: powersgd.PowerSGDState | None = None
-        self._group: dist.ProcessGroup | None = None  # None: all processes
 
     def register(self, model: DistributedDataParallel, config: ParallelConfig) -> None:
-        self._group = model.process_group
-        hook = {"none": self._plain, "bf16": self._bfloat16, "powersgd": self._power}[config.compress]
+        self.group = model.process_group
+        hook: Any = {"none": self._plain, "bf16": self._bfloat16, "powersgd": None}[config.compress]
         if config.compress == "powersgd":
             logging.getLogger(powersgd.__name__).setLevel(logging.WARNING)
-            self._powersgd = powersgd.PowerSGDState(
-                self._group,
+            state = powersgd.PowerSGDState(
+                self.group,
                 matrix_approximation_rank=config.powersgd_rank,
                 start_powerSGD_iter=START,
                 compression_stats_logging_frequency=2**62,
             )
+            hook = partial(self._power, state)  # error buffers belong to a model's buckets
         model.register_comm_hook(None, lambda _, bucket: self._measured(hook, bucket))
 
     def own_squares(self) -> Tensor | None:
@@ -59,20 +60,18 @@ class Communication:
         return hook(bucket)
 
     def _plain(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer().div_(dist.get_world_size(self._group))
+        buffer = bucket.buffer().div_(dist.get_world_size(self.group))
         self.sent_bytes += buffer.nbytes
         return self._all_reduce(buffer).then(lambda future: future.value()[0])
 
     def _bfloat16(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         # torch's own hook of this kind is for NCCL.
         buffer = bucket.buffer()
-        small = buffer.div(dist.get_world_size(self._group)).bfloat16()
+        small = buffer.div(dist.get_world_size(self.group)).bfloat16()
         self.sent_bytes += small.nbytes
         return self._all_reduce(small).then(lambda future: buffer.copy_(future.value()[0]))
 
-    def _power(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        state = self._powersgd
-        assert state is not None
+    def _power(self, state: powersgd.PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if state.iter < START:
             self.sent_bytes += bucket.buffer().nbytes
             return powersgd.powerSGD_hook(state, bucket)
@@ -82,4 +81,4 @@ class Communication:
         return future
 
     def _all_reduce(self, buffer: Tensor) -> torch.futures.Future[list[Tensor]]:
-        return dist.all_reduce(buffer, group=self._group, async_op=True).get_future()
+        return dist.all_reduce(buffer, group=self.group, async_op=True).get_future()

@@ -71,7 +71,7 @@ class Gradients:
         counted = sum(_targets(b) for b in batches)
         if world.data_size > 1:
             total = torch.tensor(float(counted), dtype=torch.float64, device=self.device)
-            counted = round(float(world.sum(total))) * world.data_size // world.size
+            counted = round(float(world.sum(total))) // (world.size // world.data_size)  # several read the same
         while True:
             try:
                 sums, carried = self._accumulate(batches, counted, step)

@@ -70,6 +70,10 @@ class World:
         if config.context > 1:
             ranks = torch.arange(size).view(-1, config.context, config.tensor).mT.reshape(-1, config.context)
             self.context_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+        self.copies_group: dist.ProcessGroup | None = None  # None: all processes
+        if self.copies < size:
+            ranks = torch.arange(size).view(-1, self.copies, config.tensor).mT.reshape(-1, self.copies)
+            self.copies_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
         self.collectives = 0  # asked for here; those that DDP and fully_shard start are theirs
 
     @property
@@ -261,25 +265,23 @@ class Wrapped:
         self.call: nn.Module = model
         self.communication = Communication()
         config = world.config
-        if world.size == 1:
+        if world.copies == 1:
             return
         if config.data == "fsdp":
             shard(model, world)
-        elif world.copies > 1:
-            own = [world.device.index] if world.device.type == "cuda" else None
-            assert world.mesh is not None
-            group = None if world.copies == world.size else world.mesh["shard"].get_group()
-            parallel = DistributedDataParallel(model, device_ids=own, process_group=group)
+        else:
+            # No device_ids: what goes in lies where it should (cu_seqlens on the CPU), and stays there.
+            parallel = DistributedDataParallel(model, process_group=world.copies_group)
             self.communication.register(parallel, config)
             self.call = parallel
 
     @property
     def sharded(self) -> bool:
-        return self.world.size > 1 and self.world.config.data == "fsdp"
+        return self.world.copies > 1 and self.world.config.data == "fsdp"
 
     def reshard(self) -> None:
-        """After a forward pass without a backward one: parameters that it left whole are sharded again."""
-        for module in self.model.modules():
+        """After forward passes alone: give back the weights that only a backward pass would."""
+        for module in self.call.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
