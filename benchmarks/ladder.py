@@ -140,6 +140,7 @@ def run_one(job: Job, prepared: str, runs: str, device: str) -> dict[str, Any]:
         "tokens": result.tokens,
         "steps": result.steps,
         "held_out_loss": result.evaluations[-1][1],
+        "curve": [(step, round(loss, 4)) for step, loss in result.curve if step % 51 == 0],
         "bits_per_byte": result.bits_per_byte,
         "averages": result.averages,
         "actions": [a.as_dict() for a in result.actions],
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
             }
         else:
             cost = line["seconds"] / job[2]
-        print(json.dumps({k: line[k] for k in line if k not in ("actions", "overrides")}), flush=True)
+        print(json.dumps({k: line[k] for k in line if k not in ("actions", "overrides", "curve")}), flush=True)
         record(args.results, "ladder", line, device=devices[0], seed=job[3])
     for inbox in inboxes:
         inbox.put(None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,16 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(model: LM, path: Path, into: Callable[[str, Tensor, Tensor], Tensor] | None = None) -> None:
+def load_weights(
+    model: LM,
+    path: Path,
+    into: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    elsewhere: Collection[str] = (),
+) -> None:
     """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape.
 
     ``into(name, stored, own)``: what of a stored tensor the model's own takes, where that is a part of it.
+    ``elsewhere``: names of tensors that other processes hold.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
@@ -168,7 +174,7 @@ def load_weights(model: LM, path: Path, into: Callable[[str, Tensor, Tensor], Te
             names = set(file.keys())
             if missing := sorted(own.keys() - names):
                 raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-            if foreign := sorted(names - own.keys()):
+            if foreign := sorted(names - own.keys() - set(elsewhere)):
                 raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
             for name, tensor in own.items():
                 stored = file.get_tensor(name)

@@ -342,7 +342,13 @@ class ParallelConfig(Config):
     )
     replicas: int = Field(1, ge=1, description="fsdp: copies of the sharded model (hybrid: shards within a node)")
     context: int = Field(1, ge=1, description="processes that share every sequence, each reading a span of it")
-    pipeline: int = Field(1, ge=1, description="stages of the model, each on processes of its own")
+    pipeline: int = Field(
+        1, ge=1, description="parts the layers are cut into, each on processes of its own; needs a micro_batch"
+    )
+    schedule: Literal["1f1b", "interleaved"] = Field(
+        "1f1b", description="pipeline: one stage a process, or several (shorter waits, more is sent)"
+    )
+    stages_per_process: int = Field(2, ge=2, description="pipeline: stages of each process in schedule = interleaved")
     tensor: int = Field(1, ge=1, description="processes that share every layer, each computing some of its groups")
     compress: Literal["none", "bf16", "powersgd"] = Field("none", description="ddp: how gradients travel")
     powersgd_rank: int = Field(8, ge=1, description="4 sends half as much and costs 1 to 4 % of the loss early on")
@@ -355,7 +361,16 @@ class ParallelConfig(Config):
             raise ValueError(f"compress = {self.compress} needs data = ddp; with fsdp set reduce_dtype = bf16")
         if self.data == "ddp" and (self.replicas != 1 or self.zero != 3 or self.reduce_dtype != "same"):
             raise ValueError("zero, replicas and reduce_dtype are for data = fsdp")
+        if self.pipeline == 1 and self.schedule != "1f1b":
+            raise ValueError(f"schedule = {self.schedule} is for pipeline > 1")
+        if self.schedule == "1f1b" and self.stages_per_process != 2:
+            raise ValueError("stages_per_process is for schedule = interleaved")
         return self
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all processes."""
+        return self.pipeline * (self.stages_per_process if self.schedule == "interleaved" else 1)
 
 
 class TrainConfig(Config):
@@ -394,6 +409,7 @@ class TrainConfig(Config):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
+    wandb: str = Field("", description="project of Weights & Biases to log to as well, if it is installed; empty: none")
 
     @field_validator("micro_batch")
     @classmethod
@@ -421,6 +437,7 @@ class TrainConfig(Config):
             raise ValueError("control.batch = ramp cannot measure the gradient noise with parallel.tensor > 1; set off")
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
+        self._check_pipeline()
         if self.parallel.data == "fsdp" and self.precision == "fp16":
             raise ValueError("precision = fp16 has a loss scale that sharded gradients do not share; set bf16")
         limit = self.control.max_batch
@@ -436,6 +453,26 @@ class TrainConfig(Config):
                 "precision to bf16 or fp32"
             )
         return self
+
+    def _check_pipeline(self) -> None:
+        parallel, model = self.parallel, self.model
+        if parallel.pipeline == 1:
+            return
+        if parallel.stages > model.n_layers:
+            raise ValueError(
+                f"parallel.pipeline = {parallel.pipeline} makes {parallel.stages} stages of model.n_layers = "
+                f"{model.n_layers}; each needs a layer"
+            )
+        for refused, what in (
+            (model.tie_embeddings, "model.tie_embeddings = true (one weight on the first and the last stage)"),
+            (parallel.context > 1, "parallel.context > 1"),
+            (self.cuda_graph, "cuda_graph = true"),
+            (self.precision == "fp16", "precision = fp16 (its loss scale is not shared by stages; set bf16)"),
+            (self.micro_batch in (0, "auto"), f"micro_batch = {self.micro_batch}; give a number of sequences"),
+            (self.control.batch == "ramp", "control.batch = ramp (the gradients of a part are not measured)"),
+        ):
+            if refused:
+                raise ValueError(f"parallel.pipeline > 1 cannot be combined with {what}")
 
 
 # -- YAML and overrides ------------------------------------------------------------------------------------------

@@ -50,7 +50,11 @@ def score_batches(model: LM, batches: Iterable[tuple[Batch, int]], precision: Pr
             targets = batch.targets.to(device)
             with precision.autocast():
                 loss = model(
-                    batch.tokens.to(device), cu_seqlens=batch.cu_seqlens, targets=targets, reduction="sum"
+                    batch.tokens.to(device),
+                    # Not as a tensor: fully_shard would move it to the device.
+                    cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.numpy(),
+                    targets=targets,
+                    reduction="sum",
                 ).loss
             nats += float(loss)
             tokens += int((batch.targets >= 0).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,11 +156,25 @@ class LM(nn.Module):
 
     def _hidden(self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         x = rms_norm(self.embedding(tokens), self.config.norm_eps)
-        earlier: list[Tensor] = []
+        x, after = self.through(enumerate(self.blocks), x, [], state, cu_seqlens)
+        return rms_norm(x, self.config.norm_eps), after
+
+    def through(
+        self,
+        blocks: Iterable[tuple[int, nn.Module]],
+        x: Tensor,
+        earlier: list[Tensor],
+        state: State | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """x ``[B, T, D]`` through consecutive blocks, each given with its layer's number -> the same, and their state.
+
+        With routing, ``earlier`` are the inputs of all layers before, to which those of these blocks are added.
+        """
         after: State = {}
         routed = self.config.routing.last_layers > 0
         states = self._by_layer(state) if state else None
-        for i, block in enumerate(self.blocks):
+        for i, block in blocks:
             own = states[i] if states else None
             args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
             if routed:
@@ -171,7 +186,7 @@ class LM(nn.Module):
             else:
                 x, new = block(*args)
             after.update({f"layers.{i}.{name}": t for name, t in new.items()})
-        return rms_norm(x, self.config.norm_eps), after
+        return x, after
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
@@ -200,17 +215,17 @@ class LM(nn.Module):
         self, batch: int = 1, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, context=0
     ) -> State:
         """The state before any token; ``context``: tokens an attention layer's cache gets room for at once."""
-        weight = self.embedding.weight
+        weight = next(self.parameters())
         dtype, device = dtype or weight.dtype, device or weight.device
         return {
             f"layers.{i}.{name}": t
-            for i, block in enumerate(self.blocks)
+            for i, block in self.blocks.named_children()  # of a stage of a pipeline not all are here
             for name, t in block.mixer.init_state(batch, dtype=dtype, device=device, context=context).items()
         }
 
     def _by_layer(self, state: State) -> list[State]:
         """The state of each layer, under the mixer's own names."""
-        parts: list[State] = [{} for _ in self.blocks]
+        parts: list[State] = [{} for _ in range(self.config.n_layers)]
         for full, t in state.items():
             _, layer, name = full.split(".", 2)
             parts[int(layer)][name] = t

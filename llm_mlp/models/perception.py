@@ -64,6 +64,8 @@ class PerceptionMixer(Mixer):
         self.block, self.slots, self.read = c.block, c.slots, c.read
         # Given the transition (P, log_a) of every text that is read, where it is set: what composing contexts needs.
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        # Given k, w, log_decay, beta and the residuals of every text that is read, where it is set.
+        self.watcher: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None] | None = None
         # Where the text is split over processes: what of the past crosses to this one (`llm_mlp.train.context`).
         self.split: Split | None = None
         self.eps, self.layer, self.n_layers, self.half_life = config.norm_eps, layer, config.n_layers, c.half_life
@@ -233,6 +235,8 @@ class PerceptionMixer(Mixer):
             y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
                 *inputs, before.get("fast_weights"), cu_seqlens=cu_seqlens, return_residual=True
             )
+        if self.watcher is not None:
+            self.watcher(i.k, i.w, scalars.log_decay, scalars.beta, residual)
         read = None
         if i.units_q is not None and i.units_k is not None:
             units = Units(*(before[name] for name in _UNITS)) if state else None

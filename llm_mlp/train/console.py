@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import sys
+import uuid
 from pathlib import Path
 from typing import IO, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llm_mlp.config import TrainConfig
+from llm_mlp.config import ConfigError, TrainConfig
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -43,6 +45,9 @@ class Console:
         self.task = self.bar.add_task(run.name, total=config.steps, completed=start, status="")
         self._files: dict[str, IO[str]] = {}
         self._board: Any = None
+        self._wandb: Any = None
+        if config.wandb and main and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(f"wandb: {config.wandb} needs the package: pip install wandb; or set wandb: ''")
         self._held_out = ""
 
     def __enter__(self) -> Console:
@@ -59,6 +64,21 @@ class Console:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._start + 1)
+        if self.config.wandb:
+            import wandb
+
+            # The same run of theirs when this one is resumed: its id is that of the folder's first start.
+            path = self.run / "wandb.json"
+            if not path.is_file():
+                path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}), encoding="utf8")
+            self._wandb = wandb.init(
+                project=self.config.wandb,
+                name=self.run.name,
+                id=json.loads(path.read_text(encoding="utf8"))["id"],
+                resume="allow",
+                dir=str(self.run),
+                config=self.config.model_dump(mode="json"),
+            )
         self.bar.start()
         return self
 
@@ -66,6 +86,8 @@ class Console:
         if self.main:
             self.bar.stop()
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         for file in self._files.values():
             file.close()
 
@@ -84,6 +106,8 @@ class Console:
         for name, value in values.items():
             if value is not None and self._board is not None:
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def step(self, step: int, place: float, values: dict[str, Any]) -> None:
         """``place``: steps of the configured batch size that are done; what the bar shows."""

@@ -19,6 +19,7 @@ from llm_mlp.precision import Precision
 from llm_mlp.train.context import SplitSequence
 from llm_mlp.train.control import Action
 from llm_mlp.train.parallel import Wrapped, squared_norm
+from llm_mlp.train.pipeline import Part, Pipeline
 from llm_mlp.train.snapshot import Progress
 
 log = logging.getLogger("llm_mlp.train")
@@ -98,6 +99,15 @@ class Gradients:
         scale = world.copies / max(1, counted)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         carried: Carried = []
+        if isinstance(wrapped, Pipeline):
+            parts = [Part(batch, self._carried_in(batch)) for batch in batches]
+            try:
+                sums[0] = wrapped.gradients(parts, scale) / scale
+            except torch.OutOfMemoryError as error:
+                raise self._does_not_fit(error, step, len(batches[0].sample_ids)) from error
+            for part in parts:
+                self._carry_out(part.batch, part.after, carried)
+            return sums, carried
         measure = self.config.control.batch != "off" and world.config.context == world.config.tensor == 1
         wrapped.communication.measure = measure and len(batches) == 1
         for n, batch in enumerate(batches):
@@ -150,7 +160,7 @@ class Gradients:
 
     def _loss(self, batch: Batch, carried: Carried) -> Tensor:
         """Summed loss of a micro-batch; the states that its streams carry on are added to ``carried``."""
-        state = self._carried_in(batch) if batch.carried is not None else None
+        state = self._carried_in(batch)
         with self.precision.autocast():
             out = self.wrapped.call(
                 batch.tokens.to(self.device, non_blocking=True),
@@ -160,22 +170,26 @@ class Gradients:
                 targets=batch.targets.to(self.device, non_blocking=True),
                 reduction="sum",
             )
-        if batch.last is not None:
-            carried += [
-                (self._own_stream(stream), name, t[sequence].detach())
-                for stream, sequence in enumerate(batch.last)
-                if sequence >= 0
-                for name, t in out.state.items()
-            ]
+        self._carry_out(batch, out.state, carried)
         return out.loss
+
+    def _carry_out(self, batch: Batch, state: dict[str, Tensor], carried: Carried) -> None:
+        """Adds to ``carried`` what the batch's streams go on with, of the states of its sequences."""
+        carried += [
+            (self._own_stream(stream), name, t[sequence].detach())
+            for stream, sequence in enumerate(batch.last or ())
+            if sequence >= 0
+            for name, t in state.items()
+        ]
 
     def _own_stream(self, stream: int) -> int:
         """The place of a stream among those that this process reads."""
         return stream % self.world.per_rank(self.config.batch_size)
 
-    def _carried_in(self, batch: Batch) -> dict[str, Tensor]:
+    def _carried_in(self, batch: Batch) -> dict[str, Tensor] | None:
         """State of the batch's packed sequences: that of the stream a sequence continues, else an empty one."""
-        assert batch.carried is not None
+        if batch.carried is None:
+            return None
         compute = self.precision.dtype or next(self.model.parameters()).dtype
         # Rows: the streams' states, then one empty state for sequences that start afresh.
         fresh = self.world.per_rank(self.config.batch_size)
@@ -219,7 +233,7 @@ class Gradients:
                 # Not the wrapped model: a probe exchanges nothing.
                 with self.precision.autocast():
                     batch = self.loader.samples(first, micro)
-                    state = self._carried_in(batch) if batch.carried is not None else None
+                    state = self._carried_in(batch)
                     tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
                     self.model(tokens, state, batch.cu_seqlens, targets=targets, reduction="sum").loss.backward()
             except torch.OutOfMemoryError as error:

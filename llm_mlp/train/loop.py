@@ -32,11 +32,13 @@ from llm_mlp.train.average import Averages
 from llm_mlp.train.console import Console, read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
 from llm_mlp.train.gradients import Gradients, TrainingError
+from llm_mlp.train.heads import HeadStatistics
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
 from llm_mlp.train.parallel import World, Wrapped, open_world
+from llm_mlp.train.pipeline import Pipeline, check_parts, collected, cut
 from llm_mlp.train.schedule import decay_factor, momentum_at, rate_factor, warmup_steps
-from llm_mlp.train.tensor import cut
+from llm_mlp.train.tensor import share_out
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -146,8 +148,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def _check(config: TrainConfig, world: World) -> None:
     """What needs the processes and their devices to be known."""
     device, parallel = world.device, config.parallel
-    if parallel.pipeline > 1:
-        raise ConfigError("parallel.pipeline cannot be used yet")
     if config.compile and device.type == "cpu":
         _need_compiler()
     if config.cuda_graph and (device.type != "cuda" or world.size > 1):
@@ -164,6 +164,8 @@ def _check(config: TrainConfig, world: World) -> None:
             f"micro_batch = {config.micro_batch} does not divide the {per} sequences that each of the "
             f"{world.data_size} readers takes of batch_size = {config.batch_size}"
         )
+    if parallel.pipeline > 1:
+        check_parts(config, per)
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -212,24 +214,28 @@ class _Run:
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
                 f"{self.dataset.tokenizer.vocab_size} tokens"
             )
-        # Made on the CPU: of a model whose layers are shared out, the device gets this process's part alone.
+        staged = config.parallel.pipeline > 1
+        # Stages and parts of layers are cut out of the whole model on the CPU, so that they start as they would there.
         self.model: LM = build_model(config.model, seed=config.seed)
         if config.precision == "fp64":
             self.model.double()
         if init_from:
             load_weights(self.model, resolve(init_from) / "model.safetensors")
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        if staged:
+            cut(self.model, world)
         self.model.activation_checkpointing = config.activation_checkpointing
         if config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.cuts = cut(self.model, world)
+        self.cuts = share_out(self.model, world)
         self.model.to(self.device)
-        self.wrapped = Wrapped(self.model, world)
+        self.precision = Precision(config.precision, self.device)
+        self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)
         self.optimizers = make_optimizers(self.model, config.optimizer, self.cuts)
         self.averages = Averages(self.model, config.average)
+        self.heads = HeadStatistics(self.model)
         self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
-        self.precision = Precision(config.precision, self.device)
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
@@ -355,10 +361,10 @@ class _Run:
     def _export(self) -> None:
         """The finished model, and its averages, each as a folder of its own."""
         names = [name for name, _ in self.model.named_parameters()]
-        weights = {"model": snapshot.full_weights(self.model, self.cuts)}
+        weights = {"model": collected(snapshot.full_weights(self.model, self.cuts), self.world)}
         for kind, values in self.averages.values().items():
             own = {name: self.cuts.whole(name, t).cpu() for name, t in zip(names, values, strict=True)}
-            weights[f"model-{kind}"] = weights["model"] | own
+            weights[f"model-{kind}"] = weights["model"] | collected(own, self.world)
         if self.world.main:
             for name, tensors in weights.items():
                 save_model(self.run / name, self.model, self.dataset.tokenizer, tensors)
@@ -393,7 +399,7 @@ class _Run:
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
         limit = clip_limit(config.optimizer, self.parameters)
-        size = self.cuts.clip(self.model, limit)
+        size = self.cuts.clip(self.model, limit, self.world)
         # One exchange for all that the processes have to agree on.
         sums = self.world.sum(torch.cat([sums, sums.new_tensor([float(asked)])]))
         loss, part_squares, parts, part_size, stopping = sums.tolist()
@@ -405,7 +411,7 @@ class _Run:
             size,
             batch_size,
             warm=place >= warmup_steps(config.schedule, config.steps),
-            momentum_norm=math.sqrt(self.cuts.squared_norm(tensors)) if tensors else None,
+            momentum_norm=math.sqrt(self.world.over_stages(self.cuts.squared_norm(tensors))) if tensors else None,
             clipped_norm=min(size, limit),
             micro_norm_squared=part_squares / parts if parts else None,
             micro_size=round(part_size / parts) if parts else None,
@@ -493,8 +499,10 @@ class _Run:
         if not any(len(data.tokens) for data in self.dataset.held_out):
             console.say("no held-out documents: no evaluation")
             return
-        score = self._score()
+        with self.heads.watching():
+            score = self._score()
         values = {"held_out_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        values |= self.heads.values(self.world)
         for name, weights in self.averages.values().items():
             with self.averages.in_place(weights):
                 other = self._score()
@@ -525,10 +533,13 @@ class _Run:
             batches = [every[n] if n < len(every) else _uncounted(every[0]) for n in own]
         # Evaluation is short: running it uncompiled is quicker than compiling the blocks for it.
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-            score = score_batches(self.model, batches, self.precision)
+            model: Any = self.wrapped.call if isinstance(self.wrapped, Pipeline) else self.model
+            score = score_batches(model, batches, self.precision)
         self.wrapped.reshard()
         if world.size == 1:
             return score
+        if world.pipeline_rank < config.parallel.pipeline - 1:
+            score = TextScore(0, 0, 0.0)  # the last stage's process counts for those before it
         sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)
         tokens, size, nats = world.sum(world.once(sums)).tolist()
         return TextScore(round(tokens), round(size), nats)
@@ -547,7 +558,7 @@ class _Run:
             self.parts,
             self.dataset.tokenizer,
             progress,
-            sharded=self.wrapped.sharded,
+            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1,
             best=self._best,
         )
         self._best = False

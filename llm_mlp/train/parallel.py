@@ -92,6 +92,15 @@ class World:
         """``values`` to be summed over all processes, where those of a tensor group have the same."""
         return values if self.tensor_rank == 0 else torch.zeros_like(values)
 
+    def over_stages(self, value: float) -> float:
+        """The sum over the stages of this process's copy of the model."""
+        if self.config.pipeline == 1 or self.mesh is None:
+            return value
+        self.collectives += 1
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.mesh.get_group("pipeline"))
+        return float(total)
+
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
@@ -156,9 +165,9 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not started and not dist.is_initialized():
         alone = World(ParallelConfig(), pick_device(device))
-        if config.context > 1 or config.replicas > 1 or config.tensor > 1:
+        if max(config.context, config.replicas, config.pipeline, config.tensor) > 1:
             raise ConfigError(
-                "parallel.context, parallel.replicas and parallel.tensor need several processes: "
+                "parallel.context, replicas, pipeline and tensor need several processes: "
                 "torchrun --nproc-per-node N -m llm_mlp train ..."
             )
         yield alone
@@ -262,28 +271,25 @@ class Wrapped:
 
     def __init__(self, model: LM, world: World) -> None:
         self.model, self.world = model, world
-        self.call: nn.Module = model
         self.communication = Communication()
-        config = world.config
+        self.call = self._wrap(model)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        """A module of ``blocks`` and what is around them: sharded, or as what averages its copies' gradients."""
+        world = self.world
         if world.copies == 1:
-            return
-        if config.data == "fsdp":
-            shard(model, world)
-        else:
-            # No device_ids: what goes in lies where it should (cu_seqlens on the CPU), and stays there.
-            parallel = DistributedDataParallel(model, process_group=world.copies_group)
-            self.communication.register(parallel, config)
-            self.call = parallel
+            return module
+        if self.sharded:
+            shard(module, world)
+            return module
+        # No device_ids: what goes in lies where it should (cu_seqlens on the CPU), and stays there.
+        parallel = DistributedDataParallel(module, process_group=world.copies_group)
+        self.communication.register(parallel, world.config)
+        return parallel
 
     @property
     def sharded(self) -> bool:
         return self.world.copies > 1 and self.world.config.data == "fsdp"
-
-    def reshard(self) -> None:
-        """After forward passes alone: give back the weights that only a backward pass would."""
-        for module in self.call.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -299,9 +305,15 @@ class Wrapped:
             self.model.set_requires_gradient_sync(last or zero > 1)
         yield
 
+    def reshard(self) -> None:
+        """After forward passes alone: give back the weights that only a backward pass would."""
+        for module in self.call.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
-def shard(model: LM, world: World) -> None:
-    """Shard a model over the world's processes as its config says, each block on its own, and then the rest."""
+
+def shard(model: nn.Module, world: World) -> None:
+    """Shard a model (or stage) over its copies as the world's config says, each block on its own, then the rest."""
     config = world.config
     assert world.mesh is not None
     mesh = world.mesh["replica", "shard"] if config.replicas > 1 else world.mesh["shard"]
@@ -309,7 +321,7 @@ def shard(model: LM, world: World) -> None:
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
     # What blocks return is never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for block in model.blocks:
+    for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, reshard_after_forward=config.zero == 3, **options)
     fully_shard(model, reshard_after_forward=False, **options)
 

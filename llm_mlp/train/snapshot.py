@@ -40,13 +40,24 @@ from llm_mlp.models import LM
 from llm_mlp.train.average import Averages
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
 from llm_mlp.train.parallel import World
+from llm_mlp.train.pipeline import collected, elsewhere
 from llm_mlp.train.tensor import Cuts
 
 log = logging.getLogger("llm_mlp.train")
 
 _NAME = re.compile(r"^step-(\d+)$")
 # What may differ on resume without changing the steps that are left.
-_FREE = ("out", "log_every", "device", "compile", "debug_checks", "data.cache_dir", "data.prepared", "micro_batch")
+_FREE = (
+    "out",
+    "log_every",
+    "wandb",
+    "device",
+    "compile",
+    "debug_checks",
+    "data.cache_dir",
+    "data.prepared",
+    "micro_batch",
+)
 _FREE_PREFIXES = ("evaluation.", "checkpoint.", "parallel.")
 SHARDS = "shards"
 
@@ -191,26 +202,27 @@ def _parameter(key: str) -> str:
 
 
 def _whole_state(parts: Parts) -> dict[str, Tensor]:
-    """`_state` in full, of which the main process gets what others hold (all must ask)."""
+    """`_state` in full, of which the main process gets what others hold, of all stages (all must ask)."""
     if not parts.cuts:
         return _state(parts)
-    found = {}
+    world, found = parts.world, {}
     for key, t in _state(parts).items():
         full = parts.cuts.whole(_parameter(key), t)
-        if parts.world.main:
+        if world.rank % (world.size // world.config.pipeline) == 0:  # the first process of a stage
             found[key] = full.cpu()  # one by one: a device need not hold all of them
-    return found
+    return collected(found, world)
 
 
 def _write_shards(temporary: Path, parts: Parts) -> None:
     """Every process its shards; read back before the folder may get its name."""
     folder = temporary / SHARDS
     state = _state(parts)
+    known = {name for names in parts.world.gather(sorted(state)) for name in names}  # stages hold different ones
     # Tensors only: one other entry would make the files unreadable.
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     if parts.world.main:
         found = {key for path in folder.glob("*.safetensors") for key in _keys(path)}
-        if missing := sorted(state.keys() - found):
+        if missing := sorted(known - found):
             raise CheckpointError(f"{folder}: {missing[0]} was not written ({len(missing)} tensors in all)")
 
 
@@ -220,17 +232,19 @@ def _keys(path: Path) -> list[str]:
 
 
 def _gathered(carried: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The streams' states of all processes, by stream, on the CPU."""
-    if world.data_size == 1 or not world.any(bool(carried)):
+    """The streams' states of all processes, by stream, on the CPU (of other stages on the main process alone)."""
+    if not world.any(bool(carried)):
         return carried
+    if world.data_size == 1:
+        return collected(carried, world)
     if missing := [r for r, names in enumerate(world.gather(sorted(carried))) if not names]:
         raise CheckpointError(f"rank {missing[0]} carries no state of its streams")  # every step feeds every stream
     out = {}
     for name, own in sorted(carried.items()):
-        rows = [torch.empty_like(own) for _ in range(world.size)]
-        torch.distributed.all_gather(rows, own.contiguous())
+        rows = [torch.empty_like(own) for _ in range(world.copies)]
+        torch.distributed.all_gather(rows, own.contiguous(), group=world.copies_group)
         out[name] = torch.cat(rows[:: world.config.context]).cpu()
-    return out
+    return collected(out, world)
 
 
 def _tidy(run: Path, config: TrainConfig, folder: Path, best: bool) -> None:
@@ -289,8 +303,10 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
             _read_shards(folder, parts, average["points"])
         else:
             into = parts.cuts.like
-            load_weights(parts.model, folder / "model.safetensors", into=into)
-            load_optimizer_tensors(parts.model, parts.optimizers, kinds["optimizer"], into=into)
+            others = elsewhere(parts.model) if config.parallel.pipeline > 1 else set()
+            load_weights(parts.model, folder / "model.safetensors", into=into, elsewhere=others)
+            own = {name: t for name, t in kinds["optimizer"].items() if name.rpartition("/")[0] not in others}
+            load_optimizer_tensors(parts.model, parts.optimizers, own, into=into)
             _load_averages(parts, kinds["average"], average["points"])
     except KeyError as error:
         raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
@@ -299,6 +315,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
     if kinds["carried"] and world.data_size > 1:
         per = len(next(iter(kinds["carried"].values()))) // world.data_size
         rows = slice(world.data_rank * per, (world.data_rank + 1) * per)
+    layers = {number for number, _ in parts.model.blocks.named_children()}
     if facts.get("world_size", 1) != world.size and config.parallel.compress == "powersgd":
         log.info("PowerSGD starts with empty error buffers: they belonged to %d processes", facts.get("world_size", 1))
     best = facts["best_loss"]
@@ -313,7 +330,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         factors=facts.get("factors", {}),
         controllers=facts.get("controllers", {}),
         world_size=facts.get("world_size", 1),
-        carried={name: t[rows].to(device) for name, t in kinds["carried"].items()},
+        carried={name: t[rows].to(device) for name, t in kinds["carried"].items() if name.split(".")[1] in layers},
     )
 
 
@@ -337,13 +354,15 @@ def _read_shards(folder: Path, parts: Parts, points: int) -> None:
     own = _state(parts)
     # Parts of layers are taken from whole tensors; shards are read as they are.
     state = {key: _room(parts.cuts, key, t) for key, t in own.items()}
-    if missing := sorted(state.keys() - names):
+    known = {name for told in parts.world.gather(sorted(state)) for name in told}  # stages hold different ones
+    if missing := sorted(known - names):
         raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-    if foreign := sorted(names - state.keys()):
+    if foreign := sorted(names - known):
         raise CheckpointError(f"{path}: tensor {foreign[0]!r} is foreign ({len(foreign)} in all)")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it should be
+            warnings.filterwarnings("ignore", message="Detected mismatched keys")  # of stages: so they should be
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None

@@ -104,12 +104,12 @@ class Cuts:
             dist.all_reduce(flat, group=self.group)
             torch._foreach_copy_(found, [f.view_as(v) for f, v in zip(flat.split([v.numel() for v in found]), found)])
 
-    def clip(self, model: LM, limit: float) -> float:
-        """Scale the gradients down to a norm of ``limit``; the norm they had."""
-        if not self:
+    def clip(self, model: LM, limit: float, world: World) -> float:
+        """Scale the gradients down to a norm of ``limit`` if theirs, over all stages, is above; the norm they had."""
+        if not self and world.config.pipeline == 1:
             return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = math.sqrt(self.squared_norm(gradients))
+        norm = math.sqrt(world.over_stages(self.squared_norm(gradients)))
         factor = limit / (norm + 1e-6)  # as torch's own; what is not a number makes all gradients so
         if not factor >= 1:
             torch._foreach_mul_(_local(gradients.values()), factor)
@@ -175,10 +175,10 @@ def part_config(config: ModelConfig, size: int) -> ModelConfig:
 
 
 @torch.no_grad()
-def cut(model: LM, world: World) -> Cuts:
-    """Leave of a whole model this process's part of every layer, and join the parts' outputs and gradients.
+def share_out(model: LM, world: World) -> Cuts:
+    """Leave of a model this process's part of every layer, and join the parts' outputs and gradients.
 
-    ``model.config`` stays that of the whole model.
+    ``model.config`` stays that of the whole.
     """
     size = world.config.tensor
     if size == 1:
@@ -188,7 +188,8 @@ def cut(model: LM, world: World) -> Cuts:
     with torch.device("meta"):
         parts = LM(part_config(model.config, size))
     table: dict[str, Cut] = {}
-    for i, (block, part) in enumerate(zip(model.blocks, parts.blocks, strict=True)):
+    for i, block in model.blocks.named_children():  # of a stage: some of them
+        part = parts.blocks[int(i)]
         for kind in ("mixer", "ffn"):
             full, own = getattr(block, kind), getattr(part, kind)
             cuts = _cuts(full, own)

@@ -29,6 +29,7 @@ COMMON = (
     "model.d_model=64",
     "model.attention={heads: 4, head_dim: 16}",
 )
+ROUTED = ["model.n_layers=4", "model.routing.last_layers=2"]
 LAYOUTS = {
     "ddp": [],
     "ddp in parts": ["micro_batch=2"],
@@ -41,6 +42,10 @@ LAYOUTS = {
     "context, packed": ["parallel.context=2", "data.packing=reset"],
     "ddp, packed": ["data.packing=reset"],
     "zero-3, packed": ["parallel.data=fsdp", "data.packing=reset"],
+    "pipeline": ["parallel.pipeline=2", "micro_batch=2"],
+    "pipeline, packed, routed": ["parallel.pipeline=2", "micro_batch=2", "data.packing=reset", *ROUTED],
+    "pipeline, streams": ["parallel.pipeline=2", "micro_batch=2", "data.packing=streams"],
+    "interleaved": ["parallel.pipeline=2", "parallel.schedule=interleaved", "micro_batch=2", *ROUTED],
 }
 
 
@@ -57,8 +62,8 @@ def trained(folder: Path, name: str, processes: int, *overrides: str) -> list[fl
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(tmp_path, layout):
-    packing = [o for o in LAYOUTS[layout] if o.startswith("data.")]
-    one = trained(tmp_path, "one", 1, *packing)
+    same = [o for o in LAYOUTS[layout] if o.startswith(("data.", "model."))]
+    one = trained(tmp_path, "one", 1, *same)
     two = trained(tmp_path, "two", 2, *LAYOUTS[layout])
     assert len(one) == len(two) == 20
     # The first losses differ by the order of sums alone; what follows takes the difference on.

@@ -283,6 +283,31 @@ def test_values_that_do_not_fit_together(cls, values, message):
         build(cls, values)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.n_layers=3", "parallel.pipeline=4"], "pipeline = 4 makes 4 stages of model.n_layers = 3"),
+        (
+            ["model.n_layers=7", "parallel.pipeline=4", "parallel.schedule=interleaved"],
+            "pipeline = 4 makes 8 stages of model.n_layers = 7",
+        ),
+        (["parallel.pipeline=2", "model.tie_embeddings=true"], "cannot be combined with model.tie_embeddings"),
+        (["parallel.pipeline=2", "parallel.context=2"], "cannot be combined with parallel.context > 1"),
+        (["parallel.pipeline=2", "cuda_graph=true"], "cannot be combined with cuda_graph = true"),
+        (["parallel.pipeline=2", "precision=fp16"], "cannot be combined with precision = fp16"),
+        (["parallel.pipeline=2", "micro_batch=auto"], "cannot be combined with micro_batch = auto; give a number"),
+        (["parallel.pipeline=2", "micro_batch=0"], "cannot be combined with micro_batch = 0; give a number"),
+        (["parallel.pipeline=2", "control.batch=ramp"], "cannot be combined with control.batch = ramp"),
+        (["parallel.schedule=interleaved"], "schedule = interleaved is for pipeline > 1"),
+        (["parallel.pipeline=2", "parallel.stages_per_process=3"], "stages_per_process is for schedule = interleaved"),
+    ],
+)
+def test_what_a_pipeline_is_not_combined_with(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, None, ["micro_batch=4", *overrides])
+    assert load(TrainConfig, None, ["micro_batch=4", "parallel.pipeline=2"]).parallel.stages == 2
+
+
 def test_widths_are_checked_where_they_are_used():
     """Attention's widths say nothing to a model without attention, nor groups of an FFN that is not adaptive."""
     assert build(ModelConfig, {"d_model": 256}).d_model == 256

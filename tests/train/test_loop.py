@@ -324,3 +324,41 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on a CPU.*set compile: false"):
         run(tmp_path, "compile=true", "device=cpu")
+
+
+class _Wandb:
+    """What the package is asked for."""
+
+    def __init__(self) -> None:
+        self.started: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.logged.append((-1, {}))
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    """One run of theirs for a run of ours, resumed or not; what is unavailable is left out."""
+    import importlib.machinery
+    import sys
+
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run(tmp_path, "wandb=mine")
+    package = _Wandb()
+    package.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    run(tmp_path, "wandb=mine", stop_after=3)
+    run(tmp_path, "wandb=mine", resume=True)
+    assert [o["project"] for o in package.started] == ["mine", "mine"]
+    assert package.started[0]["id"] == package.started[1]["id"] and package.started[0]["config"]["steps"] == 6
+    assert [step for step, values in package.logged if "loss" in values] == [1, 2, 3, 4, 5, 6]
+    assert package.logged[-1] == (-1, {}) and all(
+        v is not None for _, values in package.logged for v in values.values()
+    )

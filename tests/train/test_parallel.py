@@ -24,6 +24,7 @@ from llm_mlp.train.compress import Communication
 from llm_mlp.train.console import read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise
 from llm_mlp.train.gradients import Gradients
+from llm_mlp.train.pipeline import Stage
 from llm_mlp.train.snapshot import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -80,6 +81,9 @@ def assert_same(folder: Path, one: str, other: str, limit: float, kind: str = "m
         assert (a[name] - b[name]).norm() <= limit * a[name].norm(), name
 
 
+FOUR = ["model.n_layers=4"]
+INTERLEAVED = ["parallel.pipeline=2", "parallel.schedule=interleaved"]
+PIPELINED_ZERO = ["parallel.pipeline=2", "micro_batch=1", "parallel.data=fsdp"]
 LAYOUTS = {
     "ddp": (2, []),
     "ddp, four processes": (4, []),
@@ -91,6 +95,22 @@ LAYOUTS = {
     "context": (2, ["parallel.context=2"]),
     "context of four": (4, ["parallel.context=4"]),
     "context and data": (4, ["parallel.context=2", "micro_batch=2"]),
+    "pipeline": (2, ["parallel.pipeline=2", "micro_batch=2"]),
+    "pipeline of four": (4, ["parallel.pipeline=4", "micro_batch=2", *FOUR]),
+    "interleaved": (2, [*INTERLEAVED, "micro_batch=2", *FOUR]),
+    "pipeline and data": (4, ["parallel.pipeline=2", "micro_batch=1"]),
+    "interleaved and data": (4, [*INTERLEAVED, "micro_batch=1", *FOUR]),
+    "pipeline and zero-3": (4, ["parallel.pipeline=2", "micro_batch=2", "parallel.data=fsdp"]),
+    "pipeline and zero-2, recomputed": (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=true"]),
+    "pipeline and zero-1": (4, [*PIPELINED_ZERO, "parallel.zero=1"]),
+    "interleaved and zero-3": (4, [*INTERLEAVED, "micro_batch=1", "parallel.data=fsdp", *FOUR]),
+    "pipeline, packed": (2, ["parallel.pipeline=2", "micro_batch=2", "data.packing=reset"]),
+    "pipeline, streams": (2, ["parallel.pipeline=2", "micro_batch=2", "data.packing=streams"]),
+    "pipeline, routed": (4, ["parallel.pipeline=4", "micro_batch=2", "model.routing.last_layers=2", *FOUR]),
+    "interleaved, packed, routed": (
+        2,
+        [*INTERLEAVED, "micro_batch=2", "data.packing=reset", "model.routing.last_layers=2", "model.n_layers=5"],
+    ),
     "context and zero-3": (4, ["parallel.context=2", "parallel.data=fsdp", "activation_checkpointing=true"]),
 }
 
@@ -99,14 +119,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_processes_train_as_one(tmp_path, layout, optimizer):
     size, overrides = LAYOUTS[layout]
-    common = (*EXACT, f"optimizer.name={optimizer}")
+    model = [o for o in overrides if o.startswith(("model.", "data."))]
+    common = (*EXACT, f"optimizer.name={optimizer}", "evaluation.every=10", *model)
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
     assert_same(tmp_path, "one", "many", 1e-9)
 
 
-@pytest.mark.parametrize("layout", ["ddp in parts", "zero-3", "context and data"])
+@pytest.mark.parametrize("layout", ["ddp in parts", "zero-3", "context and data", "pipeline and data"])
 def test_processes_read_instruction_records(tmp_path, layout):
     """Rows of different numbers of records and targets; the mean is over the targets of all processes."""
     size, overrides = LAYOUTS[layout]
@@ -133,6 +154,7 @@ TENSOR = {
     "tensor and data": (4, ["parallel.tensor=2"]),
     "tensor and data in parts": (4, ["parallel.tensor=2", "micro_batch=2"]),
     "tensor and context": (4, ["parallel.tensor=2", "parallel.context=2"]),
+    "tensor and pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2", "micro_batch=2"]),
     "tensor and zero-3": (4, ["parallel.tensor=2", "parallel.data=fsdp"]),
     "tensor and zero-2 in parts": (4, ["parallel.tensor=2", "parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"]),
 }
@@ -172,20 +194,19 @@ def test_parts_of_layers_drop_the_same_and_measure_the_same(tmp_path, packing):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
-    """Of one process in two parts, in two shards, in two parts of shards, and in one again; checkpoints are whole."""
-    common = (*EXACT, *WIDE, "steps=10", f"optimizer.name={optimizer}", "average={ema: 0.9, last: 2, every: 2}")
+    """From layout to layout, with and without shards and stages, and in one process again; checkpoints are whole."""
+    common = (*EXACT, *WIDE, "steps=12", f"optimizer.name={optimizer}", "average={ema: 0.9, last: 2, every: 2}")
     common = (*common, "checkpoint.every=2", "evaluation.every=5")
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     run(tmp_path, *common, out="many", init_from=start, stop_after=2)
-    layouts = (2, ["tensor=2"]), (2, ["data=fsdp"]), (4, ["data=fsdp", "tensor=2"])
-    for step, (size, layout) in zip((4, 6, 8), layouts, strict=True):
-        overrides = [f"parallel.{o}" for o in layout]
+    layouts = TENSOR["tensor"], LAYOUTS["zero-3"], TENSOR["tensor and zero-3"], TENSOR["tensor and pipeline"]
+    for step, (size, overrides) in zip((4, 6, 8, 10), layouts, strict=True):
         many(tmp_path, size, *common, *overrides, out="many", resume=True, stop_after=step)
     run(tmp_path, *common, out="many", resume=True)
     for kind in ("model", "model-ema", "model-mean"):
         assert_same(tmp_path, "one", "many", 1e-9, kind)
-    for step in (4, 8):
+    for step in (4, 8, 10):
         whole, joined = (
             {**read_tensors(folder / "model.safetensors"), **read_tensors(folder / "training.safetensors")}
             for folder in (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
@@ -228,11 +249,11 @@ def summed(folder: str) -> list[int]:
 
     from llm_mlp.config import ParallelConfig
     from llm_mlp.train.parallel import World
-    from llm_mlp.train.tensor import cut
+    from llm_mlp.train.tensor import share_out
 
     config = tiny(Path(folder), *EXACT)
     model = build_model(config.model).double()
-    cut(model, World(ParallelConfig(tensor=2), torch.device("cpu"), dist.get_rank(), 2))
+    share_out(model, World(ParallelConfig(tensor=2), torch.device("cpu"), dist.get_rank(), 2))
     tokens = torch.arange(64).view(2, -1)
     sums = []
 
@@ -252,6 +273,97 @@ def test_parts_of_a_layer_meet_twice_each_way(tmp_path):
     tiny(tmp_path)
     for forward, both, layers in together(2, summed, str(tmp_path)):
         assert forward == 2 * layers and both == 4 * layers
+
+
+# -- pipeline parallelism ------------------------------------------------------------------------------------------
+
+ONE = (1, [])
+STREAMS = ["data.packing=streams"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "more"),
+    [
+        (LAYOUTS["pipeline"], ONE, []),
+        (ONE, LAYOUTS["pipeline"], []),
+        (LAYOUTS["zero-3"], LAYOUTS["interleaved and data"], ["optimizer.name=adamw"]),
+        (LAYOUTS["interleaved and zero-3"], LAYOUTS["pipeline of four"], []),
+        (LAYOUTS["pipeline and zero-3"], LAYOUTS["ddp"], []),
+        (LAYOUTS["pipeline and data"], ONE, STREAMS),
+        (ONE, LAYOUTS["pipeline and data"], STREAMS),
+    ],
+)
+def test_checkpoints_know_no_stages(tmp_path, before, after, more):
+    """Weights, optimizer, averages and streams' states, under any layout; and what is decided by running means."""
+    common = (*EXACT, *FOUR, "steps=8", "average={ema: 0.9, last: 2, every: 2}", "evaluation.every=4", *more)
+    common = (*common, "control.rate_from_gradients=true")
+    trained(str(tmp_path), common, {"out": "one"})
+    for (size, overrides), options in ((before, {"stop_after": 5}), (after, {"resume": True})):
+        if size == 1:
+            trained(str(tmp_path), common, options)
+        else:
+            many(tmp_path, size, *common, *overrides, **options)
+    assert_same(tmp_path, "one", "run", 1e-9)
+    for kind in ("model-ema", "model-mean"):
+        a, b = (read_tensors(tmp_path / name / kind / "model.safetensors") for name in ("one", "run"))
+        assert a.keys() == b.keys() and all((a[n] - b[n]).norm() <= 1e-9 * a[n].norm() for n in a)
+
+
+@pytest.mark.parametrize("compress", ["bf16", "powersgd"])
+def test_compressed_gradients_of_stages(tmp_path, compress):
+    """Each stage's copies exchange their own; the loss stays near that of whole gradients."""
+    size, overrides = LAYOUTS["interleaved and data"]
+    common = (*EXACT, *FOUR, "optimizer.name=adamw")
+    start = started(tmp_path, common)
+    whole = trained(str(tmp_path), common, {"out": "one", "init_from": start})
+    found = many(tmp_path, size, *common, *overrides, f"parallel.compress={compress}", init_from=start)
+    assert found["sent"] < (0.51 if compress == "bf16" else 0.9) * found["plain"]
+    assert found["curve"][-1][1] == pytest.approx(whole["curve"][-1][1], rel=0.05)
+
+
+def test_bfloat16_between_stages(tmp_path):
+    size, overrides = LAYOUTS["interleaved"]
+    common = ("precision=bf16", *FOUR)
+    one = trained(str(tmp_path), common, {"out": "one"})
+    found = many(tmp_path, size, *common, *(o for o in overrides if "micro" not in o), "micro_batch=1")
+    assert found["curve"][-1][1] == pytest.approx(one["curve"][-1][1], rel=0.02)
+
+
+def troubled(folder: str, overrides: tuple[str, ...], rank: int, what: str) -> list:
+    """A run in which something goes wrong in the eighth forward pass of a stage of process ``rank``."""
+    real = Stage.forward
+    seen = [0]
+
+    def forward(self, *args, number):
+        out = real(self, *args, number=number)
+        seen[0] += 1
+        if dist.get_rank() == rank and seen[0] == 8:
+            if what == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return out * math.nan if isinstance(out, torch.Tensor) else (out[0] * math.nan, *out[1:])
+        return out
+
+    Stage.forward = forward
+    return run(Path(folder), *overrides).curve
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_nan_of_one_stage_is_skipped_by_all(tmp_path, rank):
+    tiny(tmp_path)
+    common = ("parallel.pipeline=2", "micro_batch=1", "on_nan=skip")
+    (well, one), (_, other) = outcomes(2, troubled, str(tmp_path), common, rank, "nan")
+    assert well and str(one) == str(other) and math.isnan(one[1][1]) and math.isfinite(one[2][1])
+    (line,) = read_lines(tmp_path / "run/quarantine.jsonl")
+    assert (line["step"], line["first_sample"], line["last_sample"]) == (2, 4, 7)
+
+
+@pytest.mark.parametrize("schedule", [[], ["parallel.schedule=interleaved", *FOUR]], ids=["1f1b", "interleaved"])
+def test_memory_that_ends_in_a_stage_ends_the_run_which_resumes_in_smaller_parts(tmp_path, schedule):
+    common = (*EXACT, "steps=4", "checkpoint.every=1", "parallel.pipeline=2", "micro_batch=2", *schedule)
+    found = outcomes(2, troubled, str(tmp_path), common, 1, "memory")
+    step = 1 if schedule else 2  # a process of two stages has eight forward passes a step
+    assert f"step {step}: rank 1 ran out of memory with 2 sequences" in found[1][1] and "takes 1" in found[1][1]
+    assert f"RankError: rank 1 of 2 failed: TrainingError: step {step}: rank 1 ran out of memory" in found[0][1]
 
 
 # -- context parallelism -------------------------------------------------------------------------------------------
@@ -363,7 +475,11 @@ def killed(folder: str, overrides: tuple[str, ...], rank: int, at: int, options:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("layout", [[], ["parallel.data=fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["parallel.data=fsdp"], ["parallel.pipeline=2", "micro_batch=2"]],
+    ids=["ddp", "fsdp", "pipeline"],
+)
 def test_a_process_that_dies_is_named_and_the_run_goes_on_with_others(tmp_path, layout, rank):
     common = (*EXACT, "steps=8", "checkpoint.every=2", *layout)
     whole = many(tmp_path, 2, *common, out="whole")
@@ -372,7 +488,7 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on_with_others(tmp_path, 
     assert not well and f"RankError: rank {rank}" in said and "--resume" in said
     last = checkpoints(tmp_path / "run")[-1]
     assert last.name == "step-0000004" and (last / "shards").is_dir() == bool(layout)
-    for size in (1, 4):
+    for size in (2, 4) if "parallel.pipeline=2" in layout else (1, 4):
         shutil.copytree(tmp_path / "run", tmp_path / str(size))
         options = {"out": str(size), "resume": True}
         rest = many(tmp_path, size, *common, **options) if size > 1 else trained(str(tmp_path), common, options)
@@ -449,7 +565,11 @@ def full(folder: str, overrides: tuple[str, ...]) -> list:
     return run(Path(folder), *overrides).curve
 
 
-@pytest.mark.parametrize("layout", [[], ["parallel.data=fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["parallel.data=fsdp"], ["parallel.pipeline=2", "micro_batch=2"]],
+    ids=["ddp", "fsdp", "pipeline"],
+)
 def test_a_full_disk_ends_all_processes_and_the_last_checkpoint_stands(tmp_path, layout):
     tiny(tmp_path)
     common = (*EXACT, "steps=6", "checkpoint.every=2", *layout)
@@ -526,6 +646,13 @@ def misfit(folder: str, overrides: tuple[str, ...]) -> None:
         (2, ["batch_size=5"], "batch_size = 5 cannot be dealt to 2 processes"),
         (2, ["batch_size=8", "micro_batch=8"], "micro_batch = 8 does not divide the 4 sequences"),
         (2, ["parallel.data=fsdp", "parallel.replicas=4"], "parallel.replicas = 4 does not divide"),
+        (
+            2,
+            ["parallel.pipeline=2", "micro_batch=4", "batch_size=4"],
+            "parallel.pipeline = 2 needs as many micro-batches",
+        ),
+        (2, [*INTERLEAVED, *FOUR, "micro_batch=1", "batch_size=5"], "cannot deal 5 micro-batches to parallel.pipeline"),
+        (3, ["parallel.pipeline=2", "micro_batch=1"], "parallel.pipeline = 2 does not divide the 3 processes"),
         (4, ["parallel.context=4", "data.seq_len=8"], "shorter than the convolution's past"),
     ],
 )
@@ -564,6 +691,24 @@ def test_torchrun_trains_dies_and_resumes(tmp_path):
     said = again.communicate(timeout=120)[1]
     assert again.returncode == 0, said
     assert checkpoints(tmp_path / "run")[-1].name == f"step-{int(before[5:]) + 30:07d}"
+
+
+def test_torchrun_is_asked_to_stop(tmp_path):
+    """SIGTERM, as a scheduler sends it: every process ends with the step under way, and a checkpoint is saved."""
+    from llm_mlp.config import dump
+
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(tiny(tmp_path, "steps=3000", "checkpoint.every=20", "device=cpu")))
+    job = torchrun(tmp_path, config)
+    end = time.monotonic() + 120
+    while not checkpoints(tmp_path / "run") and time.monotonic() < end:
+        time.sleep(0.2)
+    job.terminate()
+    said = job.communicate(timeout=120)[1]
+    assert "a checkpoint will be saved" in said
+    step = int(checkpoints(tmp_path / "run")[-1].name[5:])
+    last = [line for line in read_metrics(tmp_path / "run") if "lr" in line][-1]
+    assert step == last["step"] < 3000
 
 
 def test_a_rendezvous_that_nobody_answers(tmp_path):
