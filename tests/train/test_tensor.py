@@ -61,5 +61,5 @@ def test_what_cannot_be_shared_out_is_named(tmp_path, overrides, says):
 
 def test_one_process_is_no_tensor_group(tmp_path):
     tiny(tmp_path)
-    with pytest.raises(ConfigError, match=r"parallel\.tensor need several processes"):
+    with pytest.raises(ConfigError, match=r"tensor need several processes"):
         run(tmp_path, "parallel.tensor=2")
