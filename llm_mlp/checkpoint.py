@@ -156,17 +156,19 @@ def read_config(folder: str | Path) -> ModelConfig:
 def load_weights(
     model: LM,
     path: Path,
-    into: Callable[[Tensor, Tensor], Tensor] | None = None,
+    into: Callable[[str, Tensor, Tensor], Tensor] | None = None,
     elsewhere: Collection[str] = (),
 ) -> None:
     """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape.
 
-    ``into(stored, own)``: what of a stored tensor the model's own takes, where that is sharded. ``elsewhere``: names
-    of tensors that other processes hold.
+    ``into(name, stored, own)``: what of a stored tensor the model's own takes, where that is a part of it.
+    ``elsewhere``: names of tensors that other processes hold.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
     own = model.state_dict()
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in LM(model.config).state_dict().items()}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -176,13 +178,13 @@ def load_weights(
                 raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
             for name, tensor in own.items():
                 stored = file.get_tensor(name)
-                if stored.shape != tensor.shape:
+                if stored.shape != shapes[name]:
                     raise CheckpointError(
                         f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the config says "
-                        f"{tuple(tensor.shape)}"
+                        f"{tuple(shapes[name])}"
                     )
                 with torch.no_grad():
-                    tensor.copy_(stored if into is None else into(stored.to(tensor.device), tensor))
+                    tensor.copy_(stored if into is None else into(name, stored.to(tensor.device), tensor))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 

@@ -163,6 +163,18 @@ class ModelConfig(Config):
         """The mixer of each layer."""
         return tuple(self.mixer(i) for i in range(self.n_layers))
 
+    def not_shared_by(self, processes: int) -> str | None:
+        """Why each layer cannot be shared out to this many processes; None if it can."""
+        if processes > 1 and "attention" in self.mixers:
+            return "shares out layers by groups; this model has attention layers"
+        if self.perception.groups % processes:
+            return f"does not divide the model's perception.groups = {self.perception.groups}"
+        if self.ffn.hidden % processes:
+            return f"does not divide the model's ffn.hidden = {self.ffn.hidden}"
+        if self.ffn.activation == "adaptive" and self.ffn.adaptive_groups % processes:
+            return f"does not divide the model's ffn.adaptive_groups = {self.ffn.adaptive_groups}"
+        return None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.routing.last_layers >= self.n_layers:
@@ -417,6 +429,15 @@ class TrainConfig(Config):
             raise ValueError("control.batch = ramp changes the number of streams; set data.packing = joined or reset")
         if self.data.packing == "streams" and self.parallel.context > 1:
             raise ValueError("parallel.context > 1 does not carry streams' states; set data.packing = joined or reset")
+        tensor = self.parallel.tensor
+        if why := self.model.not_shared_by(tensor):
+            raise ValueError(f"parallel.tensor = {tensor} {why}")
+        if tensor > 1 and self.data.packing == "streams":
+            raise ValueError("parallel.tensor > 1 does not carry streams' states; set data.packing = joined or reset")
+        if tensor > 1 and self.precision == "fp16":
+            raise ValueError("precision = fp16 has a loss scale that parts of a layer do not share; set bf16")
+        if tensor > 1 and self.control.batch == "ramp":
+            raise ValueError("control.batch = ramp cannot measure the gradient noise with parallel.tensor > 1; set off")
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()

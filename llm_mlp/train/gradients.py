@@ -85,7 +85,7 @@ class Gradients:
             if name not in self.progress.carried:
                 self.progress.carried[name] = t.new_zeros((per, *t.shape))
             self.progress.carried[name][stream] = t
-        return sums, counted
+        return world.once(sums), counted
 
     def _read(self, first: int, count: int) -> list[Batch]:
         """This process's samples in parts of a micro-batch."""
@@ -108,7 +108,7 @@ class Gradients:
             for part in parts:
                 self._carry_out(part.batch, part.after, carried)
             return sums, carried
-        measure = self.config.control.batch != "off" and world.config.context == 1
+        measure = self.config.control.batch != "off" and world.config.context == world.config.tensor == 1
         wrapped.communication.measure = measure and len(batches) == 1
         for n, batch in enumerate(batches):
             last = n == len(batches) - 1
@@ -116,7 +116,9 @@ class Gradients:
                 with wrapped.part(last):
                     sums[0] += self._gradients(batch, scale, carried) / scale
             except torch.OutOfMemoryError as error:
-                if self._captured is not None or (world.size > 1 and (last or wrapped.sharded)):
+                # Processes that exchange something in every part wait for this one already.
+                together = wrapped.sharded or self.split is not None or world.config.tensor > 1
+                if self._captured is not None or (world.size > 1 and (last or together)):
                     raise self._does_not_fit(error, step, len(batch.sample_ids)) from error
                 raise _OutOfMemory(str(error).splitlines()[0]) from None
             if measure and n == 0 and not last and not (wrapped.sharded and world.config.zero == 1):
@@ -268,6 +270,13 @@ class Gradients:
             raise CheckpointError(f"{path}: not a note of this program; delete it") from None
         self.progress.micro_batch = max(1, min(self.progress.micro_batch or micro, micro // 2))
         log.warning("the run before ran out of memory with %d sequences; now %d", micro, self.progress.micro_batch)
+
+    def fitted(self, step: int) -> None:
+        """The checkpoint of ``step`` stands: a note of that step or an earlier one is done with."""
+        path = self.run / OUT_OF_MEMORY
+        # Another process may be a step ahead already, and have left a new one.
+        if path.is_file() and json.loads(path.read_text(encoding="utf8"))["step"] <= step:
+            path.unlink()
 
 
 def _targets(batch: Batch) -> int:

@@ -31,13 +31,14 @@ from llm_mlp.train import snapshot
 from llm_mlp.train.average import Averages
 from llm_mlp.train.console import Console, read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
-from llm_mlp.train.gradients import OUT_OF_MEMORY, Gradients, TrainingError
+from llm_mlp.train.gradients import Gradients, TrainingError
 from llm_mlp.train.heads import HeadStatistics
 from llm_mlp.train.meter import Meter
 from llm_mlp.train.optim import clip_limit, make_optimizers, momentum_tensors, set_rates
-from llm_mlp.train.parallel import World, Wrapped, open_world, squared_norm, whole
+from llm_mlp.train.parallel import World, Wrapped, open_world
 from llm_mlp.train.pipeline import Pipeline, check_parts, collected, cut
 from llm_mlp.train.schedule import decay_factor, momentum_at, rate_factor, warmup_steps
+from llm_mlp.train.tensor import share_out
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -147,16 +148,16 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def _check(config: TrainConfig, world: World) -> None:
     """What needs the processes and their devices to be known."""
     device, parallel = world.device, config.parallel
-    if parallel.tensor > 1:
-        raise ConfigError("parallel.tensor cannot be used yet")
     if config.compile and device.type == "cpu":
         _need_compiler()
     if config.cuda_graph and (device.type != "cuda" or world.size > 1):
         raise ConfigError(
             f"cuda_graph: true needs a CUDA device and one process; this run is on {device} with {world.size}"
         )
-    if config.micro_batch == "auto" and (config.parallel.context > 1 or config.parallel.data == "fsdp"):
-        raise ConfigError("micro_batch: auto tries sizes on each process alone; with fsdp or parallel.context give one")
+    if config.micro_batch == "auto" and (parallel.context > 1 or parallel.tensor > 1 or parallel.data == "fsdp"):
+        raise ConfigError(
+            "micro_batch: auto tries sizes on each process alone; give one with fsdp, parallel.context or tensor"
+        )
     per = world.per_rank(config.batch_size)
     if config.micro_batch not in (0, "auto") and per % int(config.micro_batch):
         raise ConfigError(
@@ -214,29 +215,31 @@ class _Run:
                 f"{self.dataset.tokenizer.vocab_size} tokens"
             )
         staged = config.parallel.pipeline > 1
-        # A stage is cut out of the whole model, so that it starts as it would there.
-        self.model: LM = build_model(config.model, seed=config.seed, device="cpu" if staged else self.device)
+        # Stages and parts of layers are cut out of the whole model on the CPU, so that they start as they would there.
+        self.model: LM = build_model(config.model, seed=config.seed)
         if config.precision == "fp64":
             self.model.double()
         if init_from:
             load_weights(self.model, resolve(init_from) / "model.safetensors")
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if staged:
-            cut(self.model, world).to(self.device)
+            cut(self.model, world)
         self.model.activation_checkpointing = config.activation_checkpointing
         if config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
+        self.cuts = share_out(self.model, world)
+        self.model.to(self.device)
         self.precision = Precision(config.precision, self.device)
         self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)
-        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.optimizers = make_optimizers(self.model, config.optimizer, self.cuts)
         self.averages = Averages(self.model, config.average)
         self.heads = HeadStatistics(self.model)
         self.loader = Loader(self.dataset, config.data, batch_size=config.batch_size, steps_hint=config.steps)
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
-        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world)
+        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world, self.cuts)
         self.progress = snapshot.Progress(batch_size=config.batch_size)
         self.replay: Replay | None = None
         if resume:
@@ -358,9 +361,9 @@ class _Run:
     def _export(self) -> None:
         """The finished model, and its averages, each as a folder of its own."""
         names = [name for name, _ in self.model.named_parameters()]
-        weights = {"model": collected(snapshot.full_weights(self.model), self.world)}
+        weights = {"model": collected(snapshot.full_weights(self.model, self.cuts), self.world)}
         for kind, values in self.averages.values().items():
-            own = {name: whole(t).cpu() for name, t in zip(names, values, strict=True)}
+            own = {name: self.cuts.whole(name, t).cpu() for name, t in zip(names, values, strict=True)}
             weights[f"model-{kind}"] = weights["model"] | collected(own, self.world)
         if self.world.main:
             for name, tensors in weights.items():
@@ -385,29 +388,30 @@ class _Run:
         # Schedules go by samples: how many steps of the configured batch size they make.
         place = first / config.batch_size
         if config.model.dropout:
-            torch.manual_seed(_mixed(config.seed, step, self.world.rank))
+            torch.manual_seed(_mixed(config.seed, step, self.world.copy))
         factor = max(math.prod(self.progress.factors.values()), config.control.min_factor)
         self._rate = config.optimizer.lr * rate_factor(config.schedule, place, config.steps) * factor
         decay = decay_factor(config.schedule, place, config.steps)
         momentum = momentum_at(config.schedule, config.optimizer.momentum, place)
         set_rates(self.optimizers, self._rate, decay, momentum)
         sums, counted = self.gradients.of(first, batch_size, step)
+        self.cuts.sum_shared(self.model)
         for optimizer in self.optimizers:
             scaler.unscale_(optimizer)
         limit = clip_limit(config.optimizer, self.parameters)
-        size = self._clip(limit)
+        size = self.cuts.clip(self.model, limit, self.world)
         # One exchange for all that the processes have to agree on.
         sums = self.world.sum(torch.cat([sums, sums.new_tensor([float(asked)])]))
         loss, part_squares, parts, part_size, stopping = sums.tolist()
         self.loader.load_state_dict({**self.loader.state_dict(), "sample": first + batch_size})
-        tensors = momentum_tensors(self.optimizers) if config.control.rate_from_gradients else []
+        tensors = momentum_tensors(self.model, self.optimizers) if config.control.rate_from_gradients else {}
         metrics = Metrics(
             step,
             loss / max(1, counted),
             size,
             batch_size,
             warm=place >= warmup_steps(config.schedule, config.steps),
-            momentum_norm=math.sqrt(self.world.over_stages(squared_norm(tensors))) if tensors else None,
+            momentum_norm=math.sqrt(self.world.over_stages(self.cuts.squared_norm(tensors))) if tensors else None,
             clipped_norm=min(size, limit),
             micro_norm_squared=part_squares / parts if parts else None,
             micro_size=round(part_size / parts) if parts else None,
@@ -415,16 +419,6 @@ class _Run:
         self._apply_step(metrics, range(first, first + batch_size))
         self.progress.step = step
         return metrics, stopping > 0
-
-    def _clip(self, limit: float) -> float:
-        """Scale the gradients down to a norm of ``limit``, if it is above; the norm before."""
-        if self.config.parallel.pipeline == 1:
-            return float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        own = float(whole(torch.nn.utils.get_total_norm(grads)))
-        size = math.sqrt(self.world.over_stages(own * own))
-        torch._foreach_mul_(grads, min(1.0, limit / (size + 1e-6)))  # as torch does
-        return size
 
     def _apply_step(self, m: Metrics, samples: range) -> None:
         """Let the optimizers step unless the guard objects; gradients are cleared either way."""
@@ -521,7 +515,7 @@ class _Run:
         self.progress.best_loss = min(self.progress.best_loss, score.loss)
 
     def _score(self) -> TextScore:
-        """Of the held-out documents, each process a part of them."""
+        """Of the held-out documents, each copy of the model a part of them."""
         config, world = self.config, self.world
         found = held_out_batches(
             self.dataset,
@@ -547,7 +541,7 @@ class _Run:
         if world.pipeline_rank < config.parallel.pipeline - 1:
             score = TextScore(0, 0, 0.0)  # the last stage's process counts for those before it
         sums = torch.tensor([score.tokens, score.bytes, score.nats], dtype=torch.float64, device=self.device)
-        tokens, size, nats = world.sum(sums).tolist()
+        tokens, size, nats = world.sum(world.once(sums)).tolist()
         return TextScore(round(tokens), round(size), nats)
 
     def _save(self) -> None:
@@ -569,7 +563,7 @@ class _Run:
         )
         self._best = False
         if self.world.main:
-            (self.run / OUT_OF_MEMORY).unlink(missing_ok=True)
+            self.gradients.fitted(progress.step)
 
 
 def _due(every: int, step: int) -> bool:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llm_mlp.config import OptimizerConfig
 from llm_mlp.models import LM
-from llm_mlp.train.parallel import like, whole
+from llm_mlp.train.tensor import Cuts
 
 MUON_SIDE = 32  # smallest side of a matrix that Muon takes
 NEWTON_SCHULZ_STEPS = 5
@@ -42,18 +42,34 @@ def newton_schulz(x: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     return (y.mT if flip else y).to(x.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """``rows`` of a parameter group: per parameter, the rows of the matrices stacked in it (empty: one matrix)."""
+class _Change(NamedTuple):
+    """A change that Muon is about to make."""
 
-    def __init__(self, groups: Iterable[dict], *, lr: float, momentum: float, weight_decay: float) -> None:
+    parameter: Tensor
+    target: Tensor  # the parameter, or zeros of the whole of it where it is cut or sharded
+    update: Tensor
+    rows: tuple[int, ...]
+    name: str
+
+
+class Muon(torch.optim.Optimizer):
+    """``rows`` of a parameter group: per parameter, the rows of the matrices stacked in it (empty: one matrix).
+
+    ``names``: per parameter, under which name ``cuts`` knows it.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict], *, lr: float, momentum: float, weight_decay: float, cuts: Cuts | None = None
+    ) -> None:
         super().__init__(list(groups), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.cuts = cuts or Cuts()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            pending: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]] = []
+            pending: list[_Change] = []
             numbers = 0
-            for p, rows in zip(group["params"], group["rows"], strict=True):
+            for p, rows, name in zip(group["params"], group["rows"], group["names"], strict=True):
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -63,31 +79,31 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(state["momentum"], group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 target: Tensor = p
-                if isinstance(p, DTensor):
-                    # The whole matrix is needed: it is gathered, every process computes the change and keeps its shard.
-                    update = whole(update)
-                    target = torch.zeros_like(update)
-                pending.append((p, target, update, rows))
-                numbers += update.numel()
+                full = self.cuts.whole(name, update)
+                if full is not update:
+                    # The whole matrix is needed: it is gathered, every process computes the change and keeps its part.
+                    target = torch.zeros_like(full)
+                pending.append(_Change(p, target, full, rows, name))
+                numbers += full.numel()
                 if numbers >= AT_ONCE:
                     self._change(pending, group["lr"])
                     numbers = 0
             self._change(pending, group["lr"])
 
-    @staticmethod
-    def _change(pending: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...]]], lr: float) -> None:
+    def _change(self, pending: list[_Change], lr: float) -> None:
         """Orthogonalises the updates of the parameters ``pending``, matrices of one shape as one batch, and applies
         them; the list is emptied."""
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for _, target, update, rows in pending:
-            for own, change in zip(matrices_of(target, rows), matrices_of(update, rows), strict=True):
+        for each in pending:
+            own_and_change = zip(matrices_of(each.target, each.rows), matrices_of(each.update, each.rows), strict=True)
+            for own, change in own_and_change:
                 shapes[own.shape[-2], own.shape[-1]].append((own, change))
         for (r, c), pairs in shapes.items():
             change = newton_schulz(torch.stack([u for _, u in pairs]))
             torch._foreach_add_([own for own, _ in pairs], list(change.unbind(0)), alpha=-lr * 0.2 * max(r, c) ** 0.5)
-        for p, target, _, _ in pending:
-            if target is not p:
-                p.add_(like(target, p))
+        for each in pending:
+            if each.target is not each.parameter:
+                each.parameter.add_(self.cuts.like(each.name, each.target, each.parameter))
         pending.clear()
 
 
@@ -98,20 +114,27 @@ def matrices_of(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
     return weight.split(rows) if rows else (weight,)
 
 
-def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model; together they hold every parameter once (asserted)."""
+def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model, of which ``cuts`` says what part this is; together they hold every parameter once
+    (asserted)."""
+    cuts = cuts or Cuts()
     fused = model.fused_rows()
     matrices: list[nn.Parameter] = []
     rows: list[tuple[int, ...]] = []
+    names: list[str] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        parts = fused.get(name, ())
-        smallest = min([*p.shape[-2:], *parts]) if p.ndim >= 2 else 0
+        parts, shape = fused.get(name, ()), cuts.shape(name, p)
+        if parts and name in cuts.table:
+            parts = cuts.table[name].whole
+        smallest = min([*shape[-2:], *parts]) if p.ndim >= 2 else 0
         is_matrix = name.startswith("blocks.") and p.ndim in (2, 3) and smallest >= MUON_SIDE
         if config.name == "muon" and is_matrix:
             matrices.append(p)
             rows.append(parts)
+            # Matrices of groups lie whole in a process of a tensor group; only of others does it hold a part.
+            names.append(name if p.ndim == 2 else "")
         elif config.name == "adamw" and is_matrix:
             decayed.append(p)
         else:
@@ -120,10 +143,11 @@ def make_optimizers(model: LM, config: OptimizerConfig) -> list[torch.optim.Opti
     if matrices:
         optimizers.append(
             Muon(
-                [{"params": matrices, "rows": rows}],
+                [{"params": matrices, "rows": rows, "names": names}],
                 lr=config.lr,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
+                cuts=cuts,
             )
         )
     groups = [{"params": plain, "weight_decay": 0.0}]
@@ -174,9 +198,9 @@ def load_optimizer_tensors(
     model: LM,
     optimizers: list[torch.optim.Optimizer],
     tensors: dict[str, Tensor],
-    into: Callable[[Tensor, Tensor], Tensor],
+    into: Callable[[str, Tensor, Tensor], Tensor],
 ) -> None:
-    """The inverse of `optimizer_tensors`; ``into(stored, parameter)``: what of a stored tensor belongs here.
+    """The inverse of `optimizer_tensors`; ``into(name, stored, parameter)``: what of a stored tensor belongs here.
 
     Raises:
         KeyError: a name that is no parameter of the model.
@@ -190,7 +214,7 @@ def load_optimizer_tensors(
             on = p.device if owner[id(p)].defaults.get("fused") else torch.device("cpu")
             owner[id(p)].state[p][key] = value.to(on)
         else:  # everything else lives with the parameter
-            owner[id(p)].state[p][key] = into(value.to(p.device), p)
+            owner[id(p)].state[p][key] = into(name, value.to(p.device), p)
 
 
 @torch.no_grad()
@@ -207,8 +231,7 @@ def empty_state(optimizers: list[torch.optim.Optimizer]) -> None:
                     optimizer.state[p] = state | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
 
 
-def momentum_tensors(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
-    """The running means of the gradients; empty before the first step."""
-    return [
-        state[key] for o in optimizers for state in o.state.values() for key in ("momentum", "exp_avg") if key in state
-    ]
+def momentum_tensors(model: LM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The running means of the gradients, by parameter; empty before the first step."""
+    found = (full.rpartition("/") + (t,) for full, t in optimizer_tensors(model, optimizers).items())
+    return {name: t for name, _, key, t in found if key in ("momentum", "exp_avg")}

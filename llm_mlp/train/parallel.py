@@ -88,6 +88,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def once(self, values: Tensor) -> Tensor:
+        """``values`` to be summed over all processes, where those of a tensor group have the same."""
+        return values if self.tensor_rank == 0 else torch.zeros_like(values)
+
     def over_stages(self, value: float) -> float:
         """The sum over the stages of this process's copy of the model."""
         if self.config.pipeline == 1 or self.mesh is None:
@@ -161,9 +165,9 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not started and not dist.is_initialized():
         alone = World(ParallelConfig(), pick_device(device))
-        if config.context > 1 or config.replicas > 1 or config.pipeline > 1:
+        if max(config.context, config.replicas, config.pipeline, config.tensor) > 1:
             raise ConfigError(
-                "parallel.context, parallel.replicas and parallel.pipeline need several processes: "
+                "parallel.context, replicas, pipeline and tensor need several processes: "
                 "torchrun --nproc-per-node N -m llm_mlp train ..."
             )
         yield alone

@@ -3,7 +3,8 @@
 A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
 keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config). A run
 whose weights are sharded writes ``shards/`` instead of the two tensor files: safetensors by torch's distributed
-checkpointing, which any number of processes can read. Nothing is pickled.
+checkpointing, which any number of processes can read. With tensor parallelism parts are joined first, and the main
+process writes whole tensors. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
 from llm_mlp.train.average import Averages
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
-from llm_mlp.train.parallel import World, like, whole
+from llm_mlp.train.parallel import World
 from llm_mlp.train.pipeline import collected, elsewhere
+from llm_mlp.train.tensor import Cuts
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -85,6 +87,7 @@ class Parts:
     optimizers: list[torch.optim.Optimizer]
     averages: Averages
     world: World
+    cuts: Cuts
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -106,6 +109,8 @@ def save(
     world = parts.world
     folder = run / "checkpoints" / f"step-{progress.step:07d}"
     carried = _gathered(progress.carried, world)
+    sharded = sharded and not parts.cuts
+    state = {} if sharded else _whole_state(parts)
     facts = {
         "format_version": FORMAT_VERSION,
         "step": progress.step,
@@ -125,9 +130,9 @@ def save(
 
     def fill(temporary: Path) -> None:
         tensors = {f"carried/{k}": v for k, v in carried.items()}
-        if not sharded:
-            tensors |= _training_tensors(parts)
-        write_model(temporary, parts.model, tokenizer, weights=not sharded)
+        tensors |= {k: v for k, v in state.items() if not k.startswith("model/")}
+        weights = {k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")}
+        write_model(temporary, parts.model, tokenizer, weights=not sharded, tensors=weights)
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "training.safetensors")
         write_json(temporary / "training.json", facts)
 
@@ -183,21 +188,35 @@ def _short(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
 
 
-def _training_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Optimizer state and averages, by name."""
-    found = {f"optimizer/{k}": v for k, v in optimizer_tensors(parts.model, parts.optimizers).items()}
+def _state(parts: Parts) -> dict[str, Tensor]:
+    """Weights, optimizer state and averages as this process holds them, by name."""
+    found = {f"model/{k}": v.detach() for k, v in parts.model.state_dict().items()}
+    found |= {f"optimizer/{k}": v for k, v in optimizer_tensors(parts.model, parts.optimizers).items()}
     return found | {f"average/{k}": v for k, v in parts.averages.tensors().items()}
 
 
-def _sharded_state(parts: Parts) -> dict[str, Tensor]:
-    model = {f"model/{k}": v.detach() for k, v in parts.model.state_dict().items()}
-    return model | _training_tensors(parts)
+def _parameter(key: str) -> str:
+    """The parameter that a tensor of `_state` is or belongs to."""
+    kind, _, name = key.partition("/")
+    return {"model": name, "optimizer": name.rpartition("/")[0], "average": name.partition("/")[2]}[kind]
+
+
+def _whole_state(parts: Parts) -> dict[str, Tensor]:
+    """`_state` in full, of which the main process gets what others hold, of all stages (all must ask)."""
+    if not parts.cuts:
+        return _state(parts)
+    world, found = parts.world, {}
+    for key, t in _state(parts).items():
+        full = parts.cuts.whole(_parameter(key), t)
+        if world.rank % (world.size // world.config.pipeline) == 0:  # the first process of a stage
+            found[key] = full.cpu()  # one by one: a device need not hold all of them
+    return collected(found, world)
 
 
 def _write_shards(temporary: Path, parts: Parts) -> None:
     """Every process its shards; read back before the folder may get its name."""
     folder = temporary / SHARDS
-    state = _sharded_state(parts)
+    state = _state(parts)
     known = {name for names in parts.world.gather(sorted(state)) for name in names}  # stages hold different ones
     # Tensors only: one other entry would make the files unreadable.
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -283,11 +302,12 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         if facts.get("sharded"):
             _read_shards(folder, parts, average["points"])
         else:
+            into = parts.cuts.like
             others = elsewhere(parts.model) if config.parallel.pipeline > 1 else set()
-            load_weights(parts.model, folder / "model.safetensors", into=like, elsewhere=others)
+            load_weights(parts.model, folder / "model.safetensors", into=into, elsewhere=others)
             own = {name: t for name, t in kinds["optimizer"].items() if name.rpartition("/")[0] not in others}
-            load_optimizer_tensors(parts.model, parts.optimizers, own, into=like)
-            _load_averages(parts.averages, kinds["average"], average["points"])
+            load_optimizer_tensors(parts.model, parts.optimizers, own, into=into)
+            _load_averages(parts, kinds["average"], average["points"])
     except KeyError as error:
         raise CheckpointError(f"{folder / 'training.safetensors'}: tensor {error} is missing or foreign") from None
     world, device = parts.world, parts.world.device
@@ -314,10 +334,10 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
     )
 
 
-def _load_averages(averages: Averages, tensors: dict[str, Tensor], points: int) -> None:
-    averages.expected(points, any(name.startswith("ema/") for name in tensors))
-    for name, t in averages.tensors().items():
-        t.copy_(like(tensors[name].to(t.device), t))
+def _load_averages(parts: Parts, tensors: dict[str, Tensor], points: int) -> None:
+    parts.averages.expected(points, any(name.startswith("ema/") for name in tensors))
+    for name, t in parts.averages.tensors().items():
+        t.copy_(parts.cuts.like(_parameter(f"average/{name}"), tensors[name].to(t.device), t))
 
 
 def _read_shards(folder: Path, parts: Parts, points: int) -> None:
@@ -331,7 +351,9 @@ def _read_shards(folder: Path, parts: Parts, points: int) -> None:
         raise CheckpointError(f"{path}: truncated or not safetensors files ({error})") from None
     empty_state(parts.optimizers)
     parts.averages.expected(points, any(name.startswith("average/ema/") for name in names))
-    state = _sharded_state(parts)
+    own = _state(parts)
+    # Parts of layers are taken from whole tensors; shards are read as they are.
+    state = {key: _room(parts.cuts, key, t) for key, t in own.items()}
     known = {name for told in parts.world.gather(sorted(state)) for name in told}  # stages hold different ones
     if missing := sorted(known - names):
         raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
@@ -344,8 +366,16 @@ def _read_shards(folder: Path, parts: Parts, points: int) -> None:
             dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
+    for key, t in own.items():
+        if state[key] is not t:
+            t.copy_(parts.cuts.like(_parameter(key), state[key].to(t.device), t))
 
 
-def full_weights(model: LM) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, gathered where they are sharded (all processes must ask)."""
-    return {name: whole(t.detach()).cpu() for name, t in model.state_dict().items()}
+def _room(cuts: Cuts, key: str, own: Tensor) -> Tensor:
+    """What a stored tensor is read into: ``own``, or room for the whole that it is a part of."""
+    return torch.empty(cuts.shape(_parameter(key), own), dtype=own.dtype) if cuts and own.ndim else own
+
+
+def full_weights(model: LM, cuts: Cuts) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, gathered where they are cut or sharded (all processes must ask)."""
+    return {name: cuts.whole(name, t.detach()).cpu() for name, t in model.state_dict().items()}

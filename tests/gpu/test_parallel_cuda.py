@@ -36,6 +36,8 @@ LAYOUTS = {
     "bf16 gradients": ["parallel.compress=bf16"],
     "zero-3": ["parallel.data=fsdp"],
     "zero-2 in parts": ["parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"],
+    "tensor": ["parallel.tensor=2"],
+    "tensor, packed": ["parallel.tensor=2", "data.packing=reset"],
     "context": ["parallel.context=2"],
     "context, packed": ["parallel.context=2", "data.packing=reset"],
     "ddp, packed": ["data.packing=reset"],

@@ -25,7 +25,7 @@ def test_newton_schulz_orthogonalises(shape):
 
 
 def muon(p: torch.nn.Parameter, rows: tuple[int, ...] = ()) -> Muon:
-    return Muon([{"params": [p], "rows": [rows]}], lr=0.1, momentum=0.9, weight_decay=0.1)
+    return Muon([{"params": [p], "rows": [rows], "names": [""]}], lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
 def stepped(p: torch.Tensor, g: torch.Tensor, rows: tuple[int, ...] = ()) -> torch.Tensor:

@@ -68,14 +68,14 @@ def many(folder: Path, size: int, *overrides: str, **options) -> dict:
     return found[0]
 
 
-def assert_same(folder: Path, one: str, other: str, limit: float) -> None:
+def assert_same(folder: Path, one: str, other: str, limit: float, kind: str = "model") -> None:
     a, b = (read_metrics(folder / name) for name in (one, other))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
-        for key in ("loss", "grad_norm", "held_out_loss"):
+        for key in ("loss", "grad_norm", "held_out_loss", "held_out_loss_ema", "held_out_loss_mean"):
             if key in x:
                 assert x[key] == pytest.approx(y[key], rel=limit), (x["step"], key)
-    a, b = (read_tensors(folder / name / "model/model.safetensors") for name in (one, other))
+    a, b = (read_tensors(folder / name / kind / "model.safetensors") for name in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).norm() <= limit * a[name].norm(), name
@@ -136,6 +136,143 @@ def test_processes_read_instruction_records(tmp_path, layout):
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
     assert_same(tmp_path, "one", "many", 1e-9)
+
+
+# -- tensor parallelism --------------------------------------------------------------------------------------------
+
+# Every kind of parameter there is, and matrices that are large enough for Muon.
+WIDE = (
+    "model.perception={groups: 4, heads_per_group: 2, read_width: 32, features: 64, value_width: 8, gate_rank: 32}",
+    "model.perception={erase: diagonal, surprise: true}",
+    "model.ffn={activation: adaptive, hidden: 96, adaptive_groups: 4}",
+    "model.routing.last_layers=1",
+)
+TENSOR = {
+    "tensor": (2, ["parallel.tensor=2"]),
+    "tensor of four": (4, ["parallel.tensor=4"]),
+    "tensor in parts": (2, ["parallel.tensor=2", "micro_batch=2", "activation_checkpointing=true"]),
+    "tensor and data": (4, ["parallel.tensor=2"]),
+    "tensor and data in parts": (4, ["parallel.tensor=2", "micro_batch=2"]),
+    "tensor and context": (4, ["parallel.tensor=2", "parallel.context=2"]),
+    "tensor and pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2", "micro_batch=2"]),
+    "tensor and zero-3": (4, ["parallel.tensor=2", "parallel.data=fsdp"]),
+    "tensor and zero-2 in parts": (4, ["parallel.tensor=2", "parallel.data=fsdp", "parallel.zero=2", "micro_batch=2"]),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", TENSOR)
+def test_parts_of_layers_train_as_one(tmp_path, layout, optimizer):
+    size, overrides = TENSOR[layout]
+    common = (
+        *EXACT,
+        *WIDE,
+        f"optimizer.name={optimizer}",
+        "evaluation.every=10",
+        "average={ema: 0.9, last: 2, every: 5}",
+    )
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start)
+    for kind in ("model", "model-ema", "model-mean"):
+        assert_same(tmp_path, "one", "many", 1e-9, kind)
+
+
+@pytest.mark.parametrize("packing", ["joined", "reset"])
+def test_parts_of_layers_drop_the_same_and_measure_the_same(tmp_path, packing):
+    common = (*EXACT, *WIDE, f"data.packing={packing}", "model.dropout=0.2", "control.rate_from_gradients=true")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, 2, *common, "parallel.tensor=2", out="many", init_from=start)
+    assert_same(tmp_path, "one", "many", 1e-9)
+    one, other = (
+        json.loads((checkpoints(tmp_path / name)[-1] / "training.json").read_text())["controllers"]["gradient_noise"]
+        for name in ("one", "many")
+    )
+    assert other["recent"] == pytest.approx(one["recent"], rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
+    """From layout to layout, with and without shards and stages, and in one process again; checkpoints are whole."""
+    common = (*EXACT, *WIDE, "steps=12", f"optimizer.name={optimizer}", "average={ema: 0.9, last: 2, every: 2}")
+    common = (*common, "checkpoint.every=2", "evaluation.every=5")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    run(tmp_path, *common, out="many", init_from=start, stop_after=2)
+    layouts = TENSOR["tensor"], LAYOUTS["zero-3"], TENSOR["tensor and zero-3"], TENSOR["tensor and pipeline"]
+    for step, (size, overrides) in zip((4, 6, 8, 10), layouts, strict=True):
+        many(tmp_path, size, *common, *overrides, out="many", resume=True, stop_after=step)
+    run(tmp_path, *common, out="many", resume=True)
+    for kind in ("model", "model-ema", "model-mean"):
+        assert_same(tmp_path, "one", "many", 1e-9, kind)
+    for step in (4, 8, 10):
+        whole, joined = (
+            {**read_tensors(folder / "model.safetensors"), **read_tensors(folder / "training.safetensors")}
+            for folder in (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
+        )
+        assert whole.keys() == joined.keys()
+        for name, t in whole.items():
+            assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
+
+
+def held_by_all(folder: str, overrides: tuple[str, ...]) -> dict[str, bytes]:
+    """Weights that every process of a tensor group holds, after a run."""
+    from llm_mlp.train.loop import _Run
+
+    real, found = _Run.go, {}
+
+    def go(self):
+        result = real(self)
+        for name, p in self.model.named_parameters():
+            found[name] = b"".join(t.contiguous().numpy().tobytes() for t in self.cuts._alike(name, p.detach()))
+        return result
+
+    _Run.go = go
+    run(Path(folder), *overrides)
+    return found
+
+
+@pytest.mark.parametrize("compress", ["none", "powersgd"])
+def test_what_all_hold_stays_the_same_bit_for_bit(tmp_path, compress):
+    common = ("batch_size=8", *WIDE, "model.d_model=64", "model.attention={heads: 4, head_dim: 16}", "steps=10")
+    tiny(tmp_path)
+    layout = ("parallel.tensor=2", f"parallel.compress={compress}")
+    first, *others = together(4, held_by_all, str(tmp_path), (*common, *layout))
+    assert any("in_proj" in name and held for name, held in first.items())
+    assert all(other == first for other in others)
+
+
+def summed(folder: str) -> list[int]:
+    """Sums over a tensor group of a forward pass, and of it with a backward pass; layers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from llm_mlp.config import ParallelConfig
+    from llm_mlp.train.parallel import World
+    from llm_mlp.train.tensor import share_out
+
+    config = tiny(Path(folder), *EXACT)
+    model = build_model(config.model).double()
+    share_out(model, World(ParallelConfig(tensor=2), torch.device("cpu"), dist.get_rank(), 2))
+    tokens = torch.arange(64).view(2, -1)
+    sums = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            sums.extend([func] if "all_reduce" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        loss = model(tokens, targets=tokens).loss
+        forward = len(sums)
+        loss.backward()
+    return [forward, len(sums), config.model.n_layers]
+
+
+def test_parts_of_a_layer_meet_twice_each_way(tmp_path):
+    tiny(tmp_path)
+    for forward, both, layers in together(2, summed, str(tmp_path)):
+        assert forward == 2 * layers and both == 4 * layers
 
 
 # -- pipeline parallelism ------------------------------------------------------------------------------------------
@@ -397,9 +534,13 @@ def test_memory_that_ends_before_gradients_meet_halves_the_part(tmp_path):
         assert a == pytest.approx(b, rel=1e-9)
 
 
-@pytest.mark.parametrize("layout", [["micro_batch=4"], ["parallel.data=fsdp", "micro_batch=4"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["parallel.data=fsdp"], ["parallel.tensor=2", "batch_size=4"], ["parallel.context=2", "batch_size=4"]],
+    ids=["ddp", "fsdp", "tensor", "context"],
+)
 def test_memory_that_ends_where_others_wait_ends_the_run_which_resumes_in_smaller_parts(tmp_path, layout):
-    common = (*EXACT, "steps=4", "checkpoint.every=1", *layout)
+    common = (*EXACT, "steps=4", "checkpoint.every=1", *layout, "micro_batch=4")
     found = outcomes(2, fails, str(tmp_path), common, 1, "memory")
     assert "step 3: rank 1 ran out of memory with 4 sequences" in found[1][1] and "takes 2" in found[1][1]
     assert "RankError: rank 1 of 2 failed: TrainingError: step 3: rank 1 ran out of memory" in found[0][1]
@@ -500,6 +641,8 @@ def misfit(folder: str, overrides: tuple[str, ...]) -> None:
     ("size", "overrides", "says"),
     [
         (2, ["parallel.context=4"], "parallel.context = 4 does not divide the 2 processes"),
+        (2, ["parallel.tensor=3", "model.perception.groups=3"], "parallel.tensor = 3 does not divide the 2 processes"),
+        (2, ["parallel.tensor=2", "micro_batch=auto"], "micro_batch: auto tries sizes on each process alone"),
         (2, ["batch_size=5"], "batch_size = 5 cannot be dealt to 2 processes"),
         (2, ["batch_size=8", "micro_batch=8"], "micro_batch = 8 does not divide the 4 sequences"),
         (2, ["parallel.data=fsdp", "parallel.replicas=4"], "parallel.replicas = 4 does not divide"),

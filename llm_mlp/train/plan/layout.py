@@ -1,8 +1,7 @@
 """How a run may be spread over GPUs, and what each way costs: memory of a process, bytes it sends, seconds a step.
 
-Fully sharded data parallelism and context parallelism are the engine's own (`llm_mlp.train.parallel`, `.context`); a
-pipeline is taken to run one forward and one backward pass in turn, and tensor parallelism to split a layer's groups
-and its FFN's hidden channels within a node, with two sums of the residual stream each way.
+Fully sharded data parallelism, context parallelism and tensor parallelism within a node are the engine's own
+(`llm_mlp.train.parallel`, `.context`, `.tensor`); a pipeline is taken to run one forward and one backward pass in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from llm_mlp.train.optim import AT_ONCE, NEWTON_SCHULZ_STEPS
 from llm_mlp.train.plan.figures import COPY, GPU, H100_PEAK, LINK_SHARE, PRODUCT, USABLE, WORKSPACE, PlanError
 from llm_mlp.train.plan.figures import rate as measured_rate
 from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, muon_bytes, weights_of
+from llm_mlp.train.tensor import part_config
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 SELECTIVE_COST = 1.05  # assumed: what computing all but the costly products again takes
@@ -129,13 +129,10 @@ class Job:
     def refusal(self, fsdp: int, pp: int, cp: int, tp: int) -> str | None:
         """Why the model or the batch cannot be cut so; None if it can."""
         c, attention = self.config, "attention" in self.config.mixers
-        parts = c.perception.groups
         if tp > self.gpu.node:
             return f"tp = {tp} leaves the {self.gpu.node} GPUs of a node"
-        if tp > 1 and attention:
-            return f"tp = {tp}: attention layers are not split by groups"
-        if parts % tp or c.ffn.hidden % tp:
-            return f"tp = {tp} does not divide {parts} groups and {c.ffn.hidden} hidden channels"
+        if why := c.not_shared_by(tp):
+            return f"tp = {tp} {why}"
         if pp > c.n_layers:
             return f"pp = {pp} is more than the {c.n_layers} layers"
         if pp > 1 and c.routing.last_layers:
@@ -157,8 +154,7 @@ class Job:
             layers = -(-c.n_layers // layout.pp)
             change: dict[str, Any] = {"n_layers": layers, "tie_embeddings": c.tie_embeddings or layout.pp > 1}
             if tp > 1:
-                change["perception"] = c.perception.model_copy(update={"groups": c.perception.groups // tp})
-                change["ffn"] = c.ffn.model_copy(update={"hidden": c.ffn.hidden // tp})
+                c = part_config(c, tp)
             own = c.model_copy(update=change)
             # One layer of each kind is built, and counted as often as it is there.
             kinds = layers if c.routing.last_layers else min(layers, len(c.pattern))
