@@ -39,7 +39,10 @@ BEYOND = 5  # steps between the checkpoint and the kill
 
 def config_of(model: str, length: int, args: argparse.Namespace, out: Path) -> TrainConfig:
     steps = TOKENS // STEP
-    packing = ["data.packing=joined", "cuda_graph=true"] if model.endswith(TWIN) else ["data.packing=streams", "compile=false"]
+    if model.endswith(TWIN):
+        packing = ["data.packing=joined", "cuda_graph=true"]
+    else:
+        packing = ["data.packing=streams", "compile=false"]  # no two rows have their documents at the same places
     values = [
         f"model={model}",
         f"data.prepared={args.prepared}",
