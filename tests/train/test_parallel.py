@@ -150,7 +150,7 @@ WIDE = (
 TENSOR = {
     "tensor": (2, ["parallel.tensor=2"]),
     "tensor of four": (4, ["parallel.tensor=4"]),
-    "tensor in parts": (2, ["parallel.tensor=2", "micro_batch=2", "activation_checkpointing=true"]),
+    "tensor in parts": (2, ["parallel.tensor=2", "micro_batch=2", "activation_checkpointing=full"]),
     "tensor and data": (4, ["parallel.tensor=2"]),
     "tensor and data in parts": (4, ["parallel.tensor=2", "micro_batch=2"]),
     "tensor and context": (4, ["parallel.tensor=2", "parallel.context=2"]),
