@@ -335,7 +335,8 @@ class Service:
         ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
 
         Raises:
-            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed. `llm_mlp.infer.Full`: the queue is full.
+            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed.
+            `llm_mlp.infer.Full`: the queue is full.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
