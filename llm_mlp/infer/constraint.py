@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -83,6 +83,11 @@ class Matcher:
     def finished(self) -> bool:
         return not self.error and self._inner.is_stopped()
 
+    @property
+    def satisfied(self) -> bool:
+        """The text so far is a whole one."""
+        return not self.error and self._inner.is_accepting()
+
     def allowed(self) -> tuple[Tensor, bool]:
         mask = torch.frombuffer(bytearray(self._inner.compute_logit_bias()), dtype=torch.uint8) != 0
         self._check()
@@ -131,6 +136,8 @@ class Grammars:
             ConstraintError: it is too large, takes too long, is none, or has keywords that are not supported.
         """
         try:
+            if not isinstance(schema, Mapping):
+                raise TypeError("it is no object")
             options = schema.get("x-guidance", {})
             text = json.dumps({**schema, "x-guidance": {**JSON_STYLE, **options}}, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -200,8 +207,34 @@ class Grammars:
             if self._table is None:
                 own = self._tokenizer
                 tokens = [own.spelling(i) for i in range(own.vocab_size)]
-                self._table = grammar_file.table(tokens, sorted(own.special_tokens.values()), own.eos, own.encode)
+                special = sorted(own.special_tokens.values())
+                self._table = grammar_file.table(tokens, special, own.eos, _encoder(own, tokens))
             return self._table
+
+
+def _encoder(tokenizer: Tokenizer, spelling: Sequence[bytes]) -> Callable[[str], list[int]]:
+    """Ids of a text within another, whose bytes are the text's; the library asks it for text that has to come."""
+    mark = "\x02"  # takes the space that SentencePiece puts ahead
+    special = set(tokenizer.special_tokens.values())
+    known = {text: i for i, text in enumerate(spelling) if text and i not in special}
+    longest = max(map(len, known))
+
+    def encode(text: str) -> list[int]:
+        ids, raw, ahead, n = tokenizer.encode(mark + text), text.encode(), b"", 0
+        while n < len(ids) and not ahead.endswith(mark.encode()):
+            ahead, n = ahead + spelling[ids[n]], n + 1
+        if b"".join(spelling[i] for i in ids[n:]) == raw:
+            return ids[n:]
+        found, at = list[int](), 0  # a normaliser has changed it, or the mark is no token: the longest tokens that fit
+        while at < len(raw):
+            part = next((raw[at : at + k] for k in range(longest, 0, -1) if raw[at : at + k] in known), None)
+            if part is None:  # nothing spells it, so the model cannot write it either
+                break
+            found.append(known[part])
+            at += len(part)
+        return found
+
+    return encode
 
 
 def _needed() -> None:
