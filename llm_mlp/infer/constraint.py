@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,8 @@ log = logging.getLogger("llm_mlp.infer")
 # Between tokens of JSON: nothing, a space, or a new line with its indent. The library's default allows any amount, in
 # which a small model can stay for good.
 JSON_STYLE = {"whitespace_pattern": r" ?|\n {0,32}"}
+
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 class ConstraintError(ValueError):
@@ -244,6 +247,7 @@ def _needed() -> None:
 
 def _first_line(text: str) -> str:
     """Of a library's message, which may go on for pages; of those about expressions also the last, the reason."""
+    text = _PLACE.sub("", text)  # in the library's own form of the grammar, which nobody has seen
     lines = [line for line in text.splitlines() if line.strip()]
     reason = next((line for line in lines[1:] if line.startswith("error: ")), "")
     return f"{lines[0][:200]}{' ' + reason[:200] if reason else ''}" if lines else "refused"
