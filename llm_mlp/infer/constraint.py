@@ -104,7 +104,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            self.error = f"too complex to follow: {_first_line(self._inner.get_error())}"
+            self.error = f"too complex: {_first_line(self._inner.get_error())}"
             raise ConstraintError(self.error)
 
 

@@ -22,7 +22,7 @@ from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
-from llm_mlp.infer.constraint import Grammar, Matcher
+from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
 from llm_mlp.serve.protocol import Generation, Message
 
@@ -348,7 +348,6 @@ class Service:
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
-        matchers: list[Matcher] = []
         started = loop.time()
         last = [started] * n
         written, again = [""] * n, [False] * n
@@ -356,8 +355,7 @@ class Service:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
                 if grammar is not None:
-                    matchers.append(grammar.matcher())
-                    own = replace(own, constraint=matchers[-1])
+                    own = replace(own, constraint=grammar.matcher())
                 try:
                     tickets.append(self.engine.submit(own, emitter(index)))
                 except ValueError as error:
@@ -371,8 +369,8 @@ class Service:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
                 if index not in open_:
                     continue
-                if event.error and matchers and matchers[index].error:
-                    raise Refused(400, f"the schema or expression is {matchers[index].error}")
+                if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
+                    raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
                 now, text = loop.time(), texts[index]

@@ -15,6 +15,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from serve_cases import TEXT, serving, small_model
 
+from llm_mlp.infer.constraint import Matcher
+
 HELLO = [{"role": "user", "content": "The mill"}]
 
 
@@ -111,6 +113,12 @@ def test_contexts_go_on(server):
     assert service.tokenizer.decode(kept.tokens.tolist()) == want and len(kept.tokens) > made["tokens"]
 
 
+def test_many_optional_properties(server):
+    """Compiled, but too many alternatives to follow: by the library itself."""
+    found = post(server, schema({"properties": {f"k{i}": {"type": "string"} for i in range(900)}, "type": "object"}))
+    assert found.status_code == 400 and "cannot be followed: too complex" in found.json()["error"]["message"]
+
+
 def test_beside_others_nothing_changes(model, tmp_path):
     with serving(tmp_path, model=model, slots=4, invariant=True) as found:
         bodies = [{"max_tokens": 20, "seed": i} | ({"response_format": FORM} if i % 2 else {}) for i in range(6)]
@@ -169,17 +177,16 @@ def test_a_schema_that_takes_too_long_keeps_nobody_waiting(model, tmp_path):
 
 def test_one_that_becomes_too_complex(server, monkeypatch):
     """A request's own fault, told as such; its slot is free again."""
-    from llm_mlp.infer.constraint import Matcher
 
     def give_up(self, token):
-        self.error = "too complex to follow: x"
+        self.error = "too complex: x"
         raise ValueError(self.error)
 
     monkeypatch.setattr(Matcher, "take", give_up)
     found = post(server, {"regex": "[a-z]+", "max_tokens": 9})
-    assert found.status_code == 400 and "too complex to follow" in found.json()["error"]["message"]
+    assert found.status_code == 400 and "cannot be followed: too complex" in found.json()["error"]["message"]
     rows = post(server, {"regex": "[a-z]+", "max_tokens": 9, "stream": True}).text
-    assert "too complex to follow" in rows
+    assert "cannot be followed: too complex" in rows
     assert server[1].engine.load["free"] == 4
 
 
