@@ -102,6 +102,24 @@ def test_stop_resume_and_init_from(call, config, trained, tmp_path):
     assert call("train", config, "--out", tmp_path / "third", "--init-from", trained, "--quiet")[0] == 0
 
 
+def test_generate_a_form(call, trained, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": ["yes", "no"]}')
+    args = ("generate", "--model", trained, "--seed", 1)
+    code, out, _ = call(*args, "--json-schema", tmp_path / "schema.json")
+    assert code == 0 and out in ('"yes"\n', '"no"\n')
+    code, out, err = call(*args, "--regex", "[0-9]{9}", "--max-tokens", 3)
+    assert code == 0 and out.strip().isdigit() and "cut off after 3 tokens" in err
+    (tmp_path / "schema.json").write_text('{"type": 5}')
+    for more, says in (
+        (("--regex", "(a"), "--regex: "),
+        (("--json-schema", tmp_path / "schema.json"), "schema.json: "),
+        (("--json-schema", tmp_path / "none.json"), "none.json: "),
+        (("--json-schema", tmp_path / "schema.json", "--regex", "a"), "give one of them"),
+    ):
+        code, _, err = call(*args, *more)
+        assert code != 0 and says in err
+
+
 def test_generate(call, trained):
     args = ("generate", "--model", trained, "--max-tokens", 20, "--seed", 1)
     status, out, _ = call(*args, "--prompt", "the cat ")

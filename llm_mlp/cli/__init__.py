@@ -164,13 +164,17 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling; the same seed gives the same text.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File of a JSON schema; what is written satisfies it.", show_default=False)
+    ] = None,
+    regex: Annotated[str, typer.Option(help="What is written matches this expression.", show_default=False)] = "",
     device: Device = "auto",
 ) -> None:
     """Continue a text, token by token."""
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ConfigError
     from llm_mlp.device import pick_device
-    from llm_mlp.infer import Sampling
+    from llm_mlp.infer import Grammars, Sampling
     from llm_mlp.infer import generate as run
 
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # nothing but the text, unless something is wrong
@@ -181,6 +185,16 @@ def generate(
         text.encode("utf8")
     except UnicodeError:
         raise ConfigError("the prompt is not UTF-8 text") from None
+    if json_schema and regex:
+        raise ConfigError("--json-schema and --regex: give one of them")
+    grammars, constraint = Grammars(tokenizer), None
+    try:
+        if json_schema:
+            constraint = grammars.schema(json.loads(json_schema.read_text(encoding="utf8"))).matcher()
+        elif regex:
+            constraint = grammars.regex(regex).matcher()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{f'--json-schema {json_schema}' if json_schema else '--regex'}: {error}") from None
     start = None
     if context:
         from llm_mlp.context import Reader, Store
@@ -191,6 +205,7 @@ def generate(
     ids = [*([] if start else [tokenizer.eos]), *tokenizer.encode(text)]
     typer.echo(text, nl=False)
     stream = tokenizer.stream()
+    count = 0
     for token in run(
         lm,
         ids,
@@ -200,10 +215,14 @@ def generate(
         stop=tokenizer.eos,
         vocabulary=tokenizer.vocab_size,
         start=start,
+        constraint=constraint,
     ):
+        count += 1
         typer.echo(stream.step(token), nl=False)
         sys.stdout.flush()
     typer.echo(stream.finish())
+    if constraint is not None and not constraint.satisfied:
+        typer.echo(f"cut off after {count} tokens, before it was complete: give more --max-tokens", err=True)
 
 
 @app.command()

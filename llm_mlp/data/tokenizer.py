@@ -296,6 +296,11 @@ class Tokenizer:
         lengths[sorted(self._special)] = 0
         return lengths
 
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether decoding leaves out a space ahead of the first token (SentencePiece puts one there)."""
+        return self._strips_space
+
     def spelling(self, i: int) -> Spelling:
         """The bytes that an id stands for, a special token's name included."""
         return self._bytes_of(i, False, False)

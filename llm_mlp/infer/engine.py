@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_mlp.infer.constraint import Constraint, allowed
 from llm_mlp.infer.generate import Start
 from llm_mlp.infer.prefill import check_tokens
 from llm_mlp.infer.sampling import Sampling, sample
@@ -58,6 +59,8 @@ class Request:
         start: what was read before the prompt; it is not changed.
         logprobs: how many alternatives to tell the log probabilities of, beside the token's own; None: none.
         keep: the last event carries the state after the whole text (the tokens written included).
+        constraint: of this request alone. Where it lets nothing follow the request ends ("stop"); ``stop`` ids are
+            chosen only where it lets the text end.
     """
 
     prompt: Sequence[int]
@@ -68,6 +71,7 @@ class Request:
     start: Start | None = None
     logprobs: int | None = None
     keep: bool = False
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Ticket:
         self.row = -1
         self.written: list[int] = []
         self.last = -1  # the token that the next step takes
-        self.closing = False  # the last token is written and only has to be read into the state
+        self.closing: Finish | None = None  # the last token is written and only has to be read into the state
         self.generator = torch.Generator()
         if request.seed is None:
             self.generator.seed()
@@ -436,10 +440,21 @@ class Engine:
 
     def _choose(self, tickets: list[Ticket], logits: Tensor) -> None:
         """Sample the next token of each, logits ``[len(tickets), vocabulary]``, and tell it."""
+        masks: dict[int, Tensor] = {}  # by the tickets' numbers
         for n in reversed(range(len(tickets))):
-            if tickets[n].closing:  # its text was complete; the state now is as well
-                ticket = tickets[n]
-                self._leave(ticket, "length", self._final(ticket, logits[n : n + 1]))
+            ticket, constraint = tickets[n], tickets[n].request.constraint
+            if ticket.closing:  # its text was complete; the state now is as well
+                self._leave(ticket, ticket.closing, self._final(ticket, logits[n : n + 1]))
+            elif constraint is not None:
+                try:
+                    mask = allowed(constraint, logits.shape[1], self.vocabulary, ticket.request.stop)
+                except Exception as error:  # it is this request's alone
+                    self._leave(ticket, "error", error=f"constraint: {error}")
+                    continue
+                if mask is None:
+                    self._leave(ticket, "stop", self._final(ticket, logits[n : n + 1]))
+                else:
+                    masks[ticket.number] = mask
         keep = [n for n, t in enumerate(tickets) if t.row >= 0]
         if not keep:
             return
@@ -454,8 +469,14 @@ class Engine:
             some = next((p for p in parts if p is not None), None)
             return None if some is None else torch.stack([some if p is None else p for p in parts])
 
+        bound = own
+        if masks:
+            at = [n for n, t in enumerate(tickets) if t.number in masks]
+            may = torch.stack([masks[tickets[n].number] for n in at]).to(self.device)
+            bound = own.clone()  # log probabilities and kept states are of the model's own logits
+            bound[at] = bound[at].masked_fill(~may, -torch.inf)
         chosen = sample(
-            own, settings, uniform, stacked([t.seen for t in tickets]), stacked([t.counts for t in tickets])
+            bound, settings, uniform, stacked([t.seen for t in tickets]), stacked([t.counts for t in tickets])
         )
         logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         for n, ticket in enumerate(tickets):
@@ -479,11 +500,20 @@ class Engine:
         if ticket.counts is not None:
             ticket.counts[token] += 1
         ticket.emit(Event(token=token, logprob=logprob, top=top))
-        if len(ticket.written) >= ticket.request.max_tokens:
+        finish: Finish | None = "length" if len(ticket.written) >= ticket.request.max_tokens else None
+        if (constraint := ticket.request.constraint) is not None:
+            try:
+                constraint.take(token)
+            except Exception as error:  # it is this request's alone
+                self._leave(ticket, "error", error=f"constraint: {error}")
+                return
+            if constraint.finished:
+                finish = "stop"
+        if finish is not None:
             if ticket.request.keep:
-                ticket.closing = True
+                ticket.closing = finish
             else:
-                self._leave(ticket, "length")
+                self._leave(ticket, finish)
 
     def _tokens(self, ticket: Ticket) -> Tensor:
         """Of the whole text so far, int32 on the CPU."""

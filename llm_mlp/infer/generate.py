@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llm_mlp.infer.constraint import Constraint, allowed
 from llm_mlp.infer.prefill import check_tokens, read_tokens
 from llm_mlp.infer.sampling import Sampling, sample
 from llm_mlp.models import LM
@@ -33,6 +34,7 @@ def generate(
     stop: int | None = None,
     vocabulary: int | None = None,
     start: Start | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one after another.
 
@@ -42,6 +44,7 @@ def generate(
         seed: of the sampling; None draws a fresh one.
         vocabulary: ids from here on are never chosen (a model's vocabulary may be padded beyond its tokenizer's).
         start: what stands before the prompt.
+        constraint: what may follow; the text ends where it lets nothing follow.
 
     Raises:
         ValueError: an empty prompt, or an id outside the vocabulary.
@@ -71,11 +74,18 @@ def generate(
     for i in range(max_tokens):
         if vocabulary is not None:
             logits[:, vocabulary:] = -torch.inf
+        if constraint is not None:
+            mask = allowed(constraint, known, vocabulary or known, () if stop is None else (stop,))
+            if mask is None:
+                return
+            logits = logits.masked_fill(~mask.to(device), -torch.inf)
         uniform = torch.rand(1, dtype=torch.float64, generator=generator)
         token = sample(logits, [sampling], uniform, seen, written)
         if stop is not None and int(token) == stop:
             return
         yield int(token)
+        if constraint is not None:
+            constraint.take(int(token))
         seen[0, token] = True
         written[0, token] += 1
         if i + 1 < max_tokens:

@@ -200,6 +200,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             sampling = body.sampling()
         except ValueError as error:
             raise Refused(400, str(error)) from None
+        grammar = await service.grammar(body)
         prompt = await asyncio.to_thread(service.prompt, text, user, body.context)
         service.prompted.labels("cached").inc(prompt.cached)
         service.prompted.labels("read").inc(len(prompt.ids))
@@ -216,7 +217,9 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         n = body.n or 1
         writer = _Writer(service, kind, prompt, body, user)
         http.state.facts = writer.facts
-        pieces = service.run(request, kind.stops, n, kind.closing)
+        # An answer that follows a grammar ends by it: a text that is allowed there is no end of a turn.
+        stops = body.stops if grammar is not None else kind.stops
+        pieces = service.run(request, stops, n, kind.closing, grammar)
         if body.stream:
             # Refusals come with their status, not in the stream; and who leaves the queue is not waited for.
             first = await _unless_gone(http, anext(pieces))

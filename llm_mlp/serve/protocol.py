@@ -1,5 +1,5 @@
-"""What requests may hold: OpenAI's fields, and ``context``, ``save_context``, ``top_k``, ``min_p`` and
-``repetition_penalty`` beside them."""
+"""What requests may hold: OpenAI's fields, and ``context``, ``save_context``, ``top_k``, ``min_p``,
+``repetition_penalty`` and ``regex`` beside them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Generation(Body):
     n: int | None = Field(None, ge=1, le=16)
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    regex: str | None = Field(None, description="the answer matches it, from its begin to its end")
     context: str | None = Field(None, description="go on from this stored context")
     save_context: str | None = Field(None, description="store the state after the answer under this name")
 
@@ -42,6 +44,32 @@ class Generation(Body):
         if len(texts) > 16 or any(not 0 < len(text) <= 1000 for text in texts):
             raise ValueError("at most 16 texts of 1 to 1,000 characters")
         return value
+
+    @field_validator("response_format")
+    @classmethod
+    def _known_form(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None or value.get("type") in ("text", "json_object"):
+            return value
+        if value.get("type") != "json_schema":
+            raise ValueError(f"type {value.get('type')!r} is not served; 'text', 'json_object' and 'json_schema' are")
+        inner = value.get("json_schema")
+        if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
+            raise ValueError("json_schema.schema: a JSON schema (an object) is missing")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Generation:
+        if self.regex is not None and self.schema_asked is not None:
+            raise ValueError("regex: response_format asks for JSON already; one of them a request")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to satisfy."""
+        form = self.response_format or {}
+        if form.get("type") == "json_schema":
+            return form["json_schema"]["schema"]
+        return {"type": "object"} if form.get("type") == "json_object" else None
 
     @model_validator(mode="after")
     def _one_saved(self) -> Generation:
@@ -103,13 +131,11 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _served(self) -> ChatRequest:
         if self.tool_choice not in (None, "auto", "none"):
             raise ValueError("tool_choice: a call cannot be forced here; 'auto' and 'none' are served")
-        _text_only(self.response_format)
         return self
 
     @property
@@ -121,7 +147,6 @@ class CompletionRequest(Generation):
     prompt: str | list[int] | list[str]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _served(self) -> CompletionRequest:
@@ -129,7 +154,6 @@ class CompletionRequest(Generation):
             raise ValueError("echo: not served; the prompt is the client's already")
         if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str) and len(self.prompt) > 1:
             raise ValueError("prompt: one text or one list of ids a request")
-        _text_only(self.response_format)
         return self
 
     @property
@@ -138,11 +162,6 @@ class CompletionRequest(Generation):
         if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str):
             return self.prompt[0]
         return self.prompt  # type: ignore[return-value]
-
-
-def _text_only(form: dict[str, Any] | None) -> None:
-    if form is not None and form.get("type") != "text":
-        raise ValueError(f"response_format: type {form.get('type')!r} is not served yet, 'text' is")
 
 
 class EmbeddingRequest(Body):

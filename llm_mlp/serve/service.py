@@ -8,6 +8,7 @@ import hmac
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from prometheus_client.core import GaugeMetricFamily
 from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
-from llm_mlp.infer import Engine, Event, Request, Start, read_tokens, slots_within
+from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
+from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
-from llm_mlp.serve.protocol import Message
+from llm_mlp.serve.protocol import Generation, Message
 
 log = logging.getLogger("llm_mlp.serve")
 
@@ -42,6 +44,8 @@ class Settings:
         store: folder of stored contexts; each key has one of its own in it.
         max_tokens: written at most by a request. max_prompt: read at most. max_body: bytes of a request.
         timeout: seconds a request may take.
+        schema_bytes, schema_seconds: as `llm_mlp.infer.Grammars`: the size of a JSON schema or expression that an
+            answer has to follow, and how long compiling it may take.
     """
 
     name: str = "llm-mlp"
@@ -56,6 +60,8 @@ class Settings:
     max_prompt: int = 10_000_000
     max_body: int = 32 * 2**20
     timeout: float = 600.0
+    schema_bytes: int = 1 << 16
+    schema_seconds: float = 5.0
 
 
 class Refused(Exception):
@@ -145,6 +151,9 @@ class Service:
             vocabulary=tokenizer.vocab_size,
         )
         self.reader = Reader(model, tokenizer)
+        self.grammars = Grammars(tokenizer, max_bytes=settings.schema_bytes, seconds=settings.schema_seconds)
+        # Not asyncio's threads: schemas that take long may keep only one another waiting.
+        self._compilers = ThreadPoolExecutor(2, "grammar")
         self._stored = stored
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
@@ -166,6 +175,7 @@ class Service:
 
     def close(self, timeout: float | None = None) -> None:
         """No more requests; waits until those under way are done."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self._thread.join(timeout)
 
@@ -286,17 +296,47 @@ class Service:
             raise Refused(409, str(error), "save_context") from None
         return {"name": name, "id": context.id, "tokens": len(context.tokens)}
 
+    async def grammar(self, body: Generation) -> Grammar | None:
+        """What the answer has to follow, compiled.
+
+        Raises:
+            Refused: 400 with the field, for what cannot be compiled within the limits. `llm_mlp.infer.Full`: others
+                keep the compilers busy.
+        """
+        schema, regex = body.schema_asked, body.regex
+        if schema is None and regex is None:
+            return None
+        field = "regex" if schema is None else "response_format"
+
+        def compiled() -> Grammar:
+            return self.grammars.regex(regex or "") if schema is None else self.grammars.schema(schema)
+
+        work = asyncio.wrap_future(self._compilers.submit(compiled))
+        try:
+            # Each ends within its own time; longer than that is the time of those before it.
+            return await asyncio.wait_for(work, 4 * self.settings.schema_seconds)
+        except ConstraintError as error:
+            raise Refused(400, f"{field}: {error}", field) from None
+        except TimeoutError:
+            raise Full("other requests' schemas are being compiled") from None
+
     # -- running ---------------------------------------------------------------------------------------------------
 
     async def run(
-        self, request: Request, stops: Sequence[str], n: int = 1, closing: Sequence[int] = ()
+        self,
+        request: Request,
+        stops: Sequence[str],
+        n: int = 1,
+        closing: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> AsyncIterator[Piece]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
 
-        ``closing``: ids that a kept state has read behind the answer.
+        ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
 
         Raises:
-            Refused: 504 over time, 500 where the engine failed. `llm_mlp.infer.Full`: the queue is full.
+            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed.
+            `llm_mlp.infer.Full`: the queue is full.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
@@ -314,6 +354,8 @@ class Service:
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
+                if grammar is not None:
+                    own = replace(own, constraint=grammar.matcher())
                 try:
                     tickets.append(self.engine.submit(own, emitter(index)))
                 except ValueError as error:
@@ -327,6 +369,8 @@ class Service:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
                 if index not in open_:
                     continue
+                if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
+                    raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
                 now, text = loop.time(), texts[index]

@@ -238,7 +238,7 @@ def test_a_saved_answer_ends_where_its_text_does(client, http, model):
         ("chat/completions", {"messages": HELLO, "temperature": -1}, 400, "temperature"),
         ("chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "'gpt' is not served"),
         ("chat/completions", {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice"),
-        ("chat/completions", {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
+        ("chat/completions", {"messages": HELLO, "response_format": {"type": "json_lines"}}, 400, "response_format"),
         ("chat/completions", {"messages": HELLO, "n": 2, "save_context": "x"}, 400, "save_context"),
         ("chat/completions", {"messages": HELLO, "context": "nowhere"}, 404, "'nowhere' does not exist"),
         ("chat/completions", {"messages": HELLO, "context": "../a"}, 400, "is no name for a context"),
