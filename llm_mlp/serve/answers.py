@@ -155,7 +155,7 @@ class ContextRemoved(BaseModel):
 class ContextDiff(BaseModel):
     a: str
     b: str
-    tokens: tuple[int, int]
+    tokens: list[int] = Field(min_length=2, max_length=2)
     common_tokens: int
     same_weights: bool
     layers: list[dict[str, Any]]
@@ -168,6 +168,6 @@ class ContextRecall(BaseModel):
     hits: list[bool] = Field(description="of each depth")
     rate: float
     chance: float
-    interval: tuple[float, float]
+    interval: list[float] = Field(min_length=2, max_length=2)
     reach: int | None
     warning: str | None

@@ -47,7 +47,8 @@ from llm_mlp.serve.service import Piece, Prompt, Refused, Service
 log = logging.getLogger("llm_mlp.serve")
 
 Receive, Send = Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
-EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 FILE: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {
