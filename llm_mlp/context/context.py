@@ -352,11 +352,10 @@ class Reader:
         for part, t in context.state.items():
             if t.dtype != expected[part].dtype:
                 raise ContextError(f"{name} {context.id}: {part} is {t.dtype}, the model's is {expected[part].dtype}")
-            # Tokens seen: kernels compute places from it.
-            if part.endswith(".units.length") and not 0 <= int(t.min()) <= int(t.max()) <= len(context.tokens):
-                raise ContextError(
-                    f"{name} {context.id}: {part} counts more or less than its {len(context.tokens)} tokens"
-                )
+            # Kernels compute places from it. Each composed document begins a block of its own.
+            most = len(context.tokens) * max(1, self.model.config.perception.block)
+            if part.endswith(".units.length") and not 0 <= int(t.min()) <= int(t.max()) <= most:
+                raise ContextError(f"{name} {context.id}: {part} is no count of its {len(context.tokens)} tokens")
         if int(context.tokens.max()) >= vocabulary or int(context.tokens.min()) < 0:
             raise ContextError(f"{name} {context.id}: token ids outside the model's vocabulary of {vocabulary}")
 

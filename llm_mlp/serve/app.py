@@ -451,11 +451,11 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
             try:
                 async for piece in http.stream():
                     await asyncio.to_thread(file.write, piece)
+                await asyncio.to_thread(file.flush)
             except ClientDisconnect:
                 raise Refused(499, "the client has gone") from None
             except OSError as error:
                 raise Refused(507, f"the file cannot be kept ({error.strerror})") from None
-            await asyncio.to_thread(file.flush)
 
             def take() -> None:
                 try:

@@ -8,12 +8,13 @@ import time
 import httpx
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from serve_cases import TEXT, serving, small_model
 
 from llm_mlp.context import Context, Reader, compose, measure_recall
 from llm_mlp.context.format import digest
+from llm_mlp.infer import Request
+from llm_mlp.serve.service import _reseeded
 
 DOCS = {"a": TEXT[:200], "b": "No mill stood there. " * 6}
 
@@ -107,7 +108,7 @@ def test_files_that_are_not_taken_in(http, server, tmp_path):
         ("state.layers.0.fast_weights", lambda t: t.double(), "float64"),
         ("state.layers.0.fast_weights", lambda t: t * torch.nan, "not finite"),
         ("state.layers.0.fast_weights", lambda t: t[..., :-1], "shape"),
-        ("state.layers.0.units.length", lambda t: t - 1000, "counts more or less"),
+        ("state.layers.0.units.length", lambda t: t - 1000, "is no count"),
         ("logits", lambda t: t[:, :-1], "shape"),
         ("tokens", lambda t: t.long(), "token ids"),
     ],
@@ -121,8 +122,6 @@ def test_files_that_are_written_to_harm(http, server, tmp_path, part, change, wo
     manifest = server[1].store("").manifest("good")
     manifest = manifest.model_copy(update={"digest": digest(manifest, tensors)})
     save_file(tensors, tmp_path / "x", metadata={"manifest": manifest.model_dump_json()})
-    with safe_open(tmp_path / "x", framework="pt") as file:
-        assert file.metadata()
     assert says(http.put("/v1/contexts/harm/file", content=(tmp_path / "x").read_bytes()), 400, word) == "file"
 
 
@@ -193,6 +192,8 @@ def test_compose_is_that_of_the_library(http, server):
     want, got = compose(reader, [a, b], [service.tokenizer.eos]), service.store("").get("both")
     assert torch.equal(got.tokens, want.tokens) and got.manifest.composed
     assert (got.logits - want.logits).abs().max() < 1e-3
+    ask = {"prompt": " on", "context": "both", "max_tokens": 1}
+    assert http.post("/v1/completions", json=ask).status_code == 200
     made(http, "plain", "A text.")
     says(http.post("/v1/contexts/c/compose", json={"contexts": ["a", "plain"]}), 409, "without its transitions")
     says(http.post("/v1/contexts/both/compose", json={"contexts": ["a"]}), 409, "'both' exists")
@@ -214,8 +215,8 @@ def test_recall_is_that_of_the_library(http, server):
 
 def test_an_append_can_set_when_a_context_expires(http):
     made(http, "brief")
-    assert http.post("/v1/contexts/brief/append", json={"text": " x", "expires_seconds": 0.05}).json()["expires"]
-    time.sleep(0.1)
+    assert http.post("/v1/contexts/brief/append", json={"text": " x", "expires_seconds": 1}).json()["expires"]
+    time.sleep(1)
     assert http.get("/v1/contexts/brief").status_code == 404
 
 
@@ -230,9 +231,6 @@ def test_several_answers_read_their_prompt_once_and_are_what_each_is_alone(http,
     found = http.post("/v1/completions", json=body | {"n": 3}).json()
     assert engine.counters.prompt_tokens - before == tokens == found["usage"]["prompt_tokens"]
     assert found["usage"]["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in found["choices"])
-    from llm_mlp.infer import Request
-    from llm_mlp.serve.service import _reseeded
-
     for index, choice in enumerate(found["choices"]):
         seed = _reseeded(Request([0], 1, seed=7), index).seed
         alone = http.post("/v1/completions", json=body | {"seed": seed}).json()["choices"][0]
