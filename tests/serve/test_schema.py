@@ -36,7 +36,7 @@ def test_the_document_tells_the_truth(tmp_path):
     service.start()
     store, reader = service.store(""), service.reader
     reader.transitions = True  # so that it can be composed
-    kept = reader.create(reader.encode(TEXT[:500], begin=True))
+    kept = reader.create(reader.encode(TEXT[:1500], begin=True))
     store.commit(kept, "kept")
     store.commit(reader.append(kept, reader.encode(" And more.", begin=False)), "kept")  # so that it can be undone
     file, numbers = store.open("kept")[0].read(), itertools.count()
@@ -91,4 +91,5 @@ def test_the_document_tells_the_truth(tmp_path):
         service.close(60)
     assert not failures, "\n\n".join(failures)
     assert service.engine.load["free"] == service.engine.slots
-    assert len(statuses) >= 20 and all(any(s < 300 for s in found) for found in statuses.values()), statuses
+    only_refused = {label: found for label, found in statuses.items() if min(found) >= 300}
+    assert len(statuses) >= 20 and not only_refused, only_refused
