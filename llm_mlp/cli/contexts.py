@@ -161,8 +161,7 @@ def context_show(
     found = describe(context, reader.model if reader else None)
     back = measure_recall(reader, context) if recall and reader is not None else None
     if back is not None:
-        found["recall"] = vars(back) | {"rate": back.rate, "chance": back.chance, "interval": back.interval}
-        found["recall"] |= {"reach": back.reach, "warning": back.warning}
+        found["recall"] = back.report()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return

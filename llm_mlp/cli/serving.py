@@ -50,6 +50,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="A request writes at most.")] = 4096,
     max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 10_000_000,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Of a request's body.")] = 32.0,
+    max_upload_mb: Annotated[float, typer.Option(min=0.001, help="Of a context's file that is imported.")] = 2048.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take.")] = 600.0,
     invariant: Annotated[
         bool, typer.Option("--invariant", help="Answers do not depend, to the bit, on what else runs (slower).")
@@ -103,6 +104,7 @@ def serve(
         max_tokens=max_tokens,
         max_prompt=max_prompt,
         max_body=int(max_body_mb * 2**20),
+        max_upload=int(max_upload_mb * 2**20),
         timeout=timeout,
     )
     try:

@@ -6,7 +6,7 @@
 from llm_mlp.context.compose import compose
 from llm_mlp.context.context import Context, Reader, describe, diff
 from llm_mlp.context.format import ContextError, Manifest
-from llm_mlp.context.recall import Recall, measure_recall
+from llm_mlp.context.recall import Recall, ask, measure_recall, plant
 from llm_mlp.context.store import Found, Store, default_folder
 
 __all__ = [
@@ -17,9 +17,11 @@ __all__ = [
     "Reader",
     "Recall",
     "Store",
+    "ask",
     "compose",
     "default_folder",
     "describe",
     "diff",
     "measure_recall",
+    "plant",
 ]

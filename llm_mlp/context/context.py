@@ -88,7 +88,8 @@ class Context:
             tokens, logits = tensors.pop("tokens"), tensors.pop("logits")
         except KeyError as error:
             raise ContextError(f"{path}: tensor {error} is missing; not a context of this project") from None
-        if tokens.ndim != 1 or len(tokens) != manifest.tokens or text_digest(tokens) != manifest.text:
+        own = tokens.ndim == 1 and tokens.dtype == torch.int32 and len(tokens) == manifest.tokens
+        if not own or text_digest(tokens) != manifest.text:
             raise ContextError(f"{path}: its token ids are not those that its manifest tells of")
         state, transition = (
             {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in (STATE, TRANSITION)
@@ -198,20 +199,20 @@ class Reader:
     ) -> Context:
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         if before is None:
-            with self._observed(None if self.transitions else False) as seen:
+            with self.observed(None if self.transitions else False) as seen:
                 state, logits = read_tokens(self.model, ids, progress=progress)
             return self._made(ids.to(torch.int32), state, logits, None, [len(ids)] if mark else [], seen)
         self.check(before.manifest)
         device = self.device
         own = {name: t.to(device) for name, t in before.state.items()}
-        with self._observed(before.transition or False) as seen:
+        with self.observed(before.transition or False) as seen:
             state, logits = read_tokens(self.model, ids, own, position=len(before.tokens), progress=progress)
         both = torch.cat([before.tokens, ids.to(torch.int32)])
         marks = [*before.manifest.marks, *([len(both)] if mark else [])]
         return self._made(both, state, logits, before, marks, seen)
 
     @contextlib.contextmanager
-    def _observed(self, before: State | Literal[False] | None) -> Iterator[State | None]:
+    def observed(self, before: State | Literal[False] | None) -> Iterator[State | None]:
         """The text's transition, filled while it is read, going on from ``before`` (None: from nothing; False: none is
         kept)."""
         if before is False:
@@ -237,11 +238,12 @@ class Reader:
             for mixer in mixers:
                 mixer.observer = None
 
-    def wrap(self, end: Start, parent: Context | None = None) -> Context:
-        """The context of a text that was read elsewhere with this model; ``parent``: what it continues, or None."""
+    def wrap(self, end: Start, parent: Context | None = None, transition: State | None = None) -> Context:
+        """The context of a text that was read elsewhere with this model; ``parent``: what it continues, or None;
+        ``transition``: what `observed` has seen of it."""
         tokens = torch.as_tensor(end.tokens).to(torch.int32).cpu()
         marks = [*(parent.manifest.marks if parent else []), len(tokens)]
-        return self._made(tokens, dict(end.state), end.logits, parent, marks)
+        return self._made(tokens, dict(end.state), end.logits, parent, marks, transition)
 
     def finish(self, parts: Sequence[Context], state: State, separator: Tensor) -> Context:
         """A composed context: of the texts of ``parts``, with this state, after the separator was read in it."""
@@ -285,7 +287,7 @@ class Reader:
         if nearest is not None:
             done, kept = len(nearest.tokens), nearest.transition is not None
             own = {name: t.to(self.device) for name, t in nearest.state.items()}
-        with self._observed((nearest.transition if nearest else None) if kept else False) as seen:
+        with self.observed((nearest.transition if nearest else None) if kept else False) as seen:
             state, logits = read_tokens(self.model, ids[done:], own, position=done)
         composed = context.manifest.composed
         return self._made(ids.clone(), state, logits, nearest, marks, seen, replayed=True, composed=composed)
@@ -319,20 +321,43 @@ class Reader:
         Raises:
             ContextError: it does not fit this model.
         """
+        self.fit(context, name)
+        return context.to(self.device)
+
+    def fit(self, context: Context, name: str = "context") -> None:
+        """Refuse what is not a state of this model: whoever writes a file can write any digest into it.
+
+        Raises:
+            ContextError: it does not fit.
+        """
         self.check(context.manifest, name)
         expected = self.model.init_state(1, device="meta")
         if found := expected.keys() ^ context.state.keys():
             raise ContextError(f"{name} {context.id}: part {min(found)} of the state is missing, or is not the model's")
         vocabulary = self.model.config.vocab_size
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
         shapes = {part: (t.shape, expected[part].shape) for part, t in context.state.items()}
-        shapes["logits"] = context.logits.shape, torch.Size((1, vocabulary))
+        shapes["logits"] = context.logits.shape, (1, vocabulary)
+        map_ = context.transition
+        for part, S in expected.items():
+            if map_ is not None and part.endswith(".fast_weights"):
+                layer, (_, G, F, m, _) = part.removesuffix("fast_weights"), S.shape
+                for own_name, size in ((f"{layer}P", (1, G, F, F)), (f"{layer}log_a", (1, G, m))):
+                    shapes[TRANSITION + own_name] = map_[own_name].shape if own_name in map_ else torch.Size(), size
         for part, (own, want) in shapes.items():
-            grows = want.numel() == 0  # an attention layer's cache
+            grows = 0 in want  # an attention layer's cache
             if len(own) != len(want) or (own != want and not grows):
                 raise ContextError(f"{name} {context.id}: {part} has shape {tuple(own)}, the model's is {tuple(want)}")
+        # Requests that are read in one go share their tensors' dtype.
+        for part, t in context.state.items():
+            if t.dtype != expected[part].dtype:
+                raise ContextError(f"{name} {context.id}: {part} is {t.dtype}, the model's is {expected[part].dtype}")
+            # Kernels compute places from it. Each composed document begins a block of its own.
+            most = len(context.tokens) * max(1, self.model.config.perception.block)
+            if part.endswith(".units.length") and not 0 <= int(t.min()) <= int(t.max()) <= most:
+                raise ContextError(f"{name} {context.id}: {part} is no count of its {len(context.tokens)} tokens")
         if int(context.tokens.max()) >= vocabulary or int(context.tokens.min()) < 0:
             raise ContextError(f"{name} {context.id}: token ids outside the model's vocabulary of {vocabulary}")
-        return context.to(self.device)
 
 
 # -- looking --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,6 +50,12 @@ class Manifest(BaseModel):
     composed: bool = Field(False, description="of several texts: its state is no text's own")
     created: str = Field(description="UTC, ISO 8601")
     digest: str = Field("", description="SHA-256 of the tensors and of this manifest without the digest")
+
+    @model_validator(mode="after")
+    def _marks_in_text(self) -> Manifest:
+        if self.marks != sorted(self.marks) or (self.marks and not 1 <= self.marks[0] <= self.marks[-1] <= self.tokens):
+            raise ValueError(f"marks: numbers of tokens, ascending, from 1 to {self.tokens}")
+        return self
 
     @property
     def id(self) -> str:

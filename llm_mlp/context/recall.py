@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from llm_mlp.context.context import Context, Reader
 from llm_mlp.context.format import ContextError
 from llm_mlp.infer import read_tokens
+from llm_mlp.models.mixer import State
 
 CUE, VALUE = 3, 1  # tokens
 BATCH = 16  # cues that are asked at a time
@@ -57,6 +59,11 @@ class Recall:
                 best = depth
         return best
 
+    def report(self) -> dict[str, Any]:
+        """What `llm-mlp context show --recall --json` and the server tell."""
+        found = vars(self) | {"rate": self.rate, "chance": self.chance, "interval": self.interval}
+        return found | {"reach": self.reach, "warning": self.warning}
+
     @property
     def warning(self) -> str | None:
         """What to tell a user whose text is longer than what the state holds."""
@@ -68,7 +75,16 @@ class Recall:
         return None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Planted:
+    """A text with pairs in it, to be read from nothing; `ask` the state after it."""
+
+    tokens: Tensor
+    cues: Tensor  # [pairs, CUE]
+    values: Tensor  # [pairs]
+    depths: tuple[int, ...]
+
+
 def measure_recall(
     reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> Recall:
@@ -80,6 +96,12 @@ def measure_recall(
         ContextError: fewer than 64 pairs (the interval would say nothing), a text too short for them, or a composed
             context, whose text was never read as one.
     """
+    planted = plant(reader, context, pairs=pairs, seed=seed)
+    return ask(reader, planted, read_tokens(reader.model, planted.tokens, progress=progress)[0])
+
+
+def plant(reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0) -> Planted:
+    """The context's text with pairs in it; raises as `measure_recall` does."""
     vocabulary = reader.tokenizer.vocab_size if reader.tokenizer else reader.model.config.vocab_size
     length = len(context.tokens)
     if pairs < 64:
@@ -105,15 +127,19 @@ def measure_recall(
         parts += [text[done:place], cues[n], values[n : n + 1]]
         done = place
     parts.append(text[done:])
-    planted = torch.cat(parts)
-    state, _ = read_tokens(reader.model, planted, progress=progress)
-    hits: list[bool] = []
+    depths = tuple(int(d) + (CUE + VALUE) * n for n, d in enumerate(at))  # later pairs stand between, too
+    return Planted(torch.cat(parts), cues, values, depths)
+
+
+@torch.no_grad()
+def ask(reader: Reader, planted: Planted, state: State) -> Recall:
+    """Which of the planted pairs the state after their text brings back; ``state`` is forked, not changed."""
+    pairs, values, hits = len(planted.cues), planted.values, list[bool]()
     for a in range(0, pairs, BATCH):
-        some = cues[a : a + BATCH].to(reader.device)
+        some = planted.cues[a : a + BATCH].to(reader.device)
         forks = {name: t.repeat(len(some), *[1] * (t.ndim - 1)) for name, t in state.items()}
         logits: Tensor | None = reader.model(some, forks, logits="last").logits
         assert logits is not None
         best = logits[:, -1, values.to(reader.device)].argmax(-1).cpu()
         hits += (best == torch.arange(a, a + len(some))).tolist()
-    depths = [int(d) + (CUE + VALUE) * n for n, d in enumerate(at)]  # later pairs stand between, too
-    return Recall(pairs, sum(hits), tuple(depths), tuple(hits))
+    return Recall(pairs, sum(hits), planted.depths, tuple(hits))

@@ -15,13 +15,14 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock
@@ -348,21 +349,45 @@ class Store:
         """Write a context's file elsewhere."""
         self._load(self.entry(name).id).save(path)
 
+    def open(self, name: str) -> tuple[BinaryIO, str]:
+        """A context's file, checked and opened for reading, and its id. It can be read to its end whatever happens to
+        the name meanwhile."""
+        context = self._load(self.entry(name).id)
+        try:
+            return self._path(context.id).open("rb"), context.id
+        except OSError as error:
+            raise ContextError(f"context {name!r}: its file cannot be read ({error.strerror})") from None
+
+    @contextlib.contextmanager
+    def incoming(self) -> Iterator[BinaryIO]:
+        """A temporary file in the folder, for what is to be imported; it goes at the end of the ``with`` block, or is
+        one of those that `gc` removes."""
+        with tempfile.NamedTemporaryFile(dir=self._objects, prefix=".", suffix=".tmp") as file:
+            yield file  # type: ignore[misc]
+
     def import_(self, path: str | Path, name: str, *, replace: bool = False) -> Context:
         """Take a context's file in under a name.
 
         Raises:
             ContextError: a file that is no context, cut or altered; a name that is taken.
         """
-        context = Context.load(path)
+        context = examine(path)
+        self.take(context, name, replace=replace)
+        return context
+
+    def take(self, context: Context, name: str, *, replace: bool = False, expires: timedelta | None = None) -> None:
+        """Store an examined context under a name, over a damaged copy of it if there is one.
+
+        Raises:
+            ContextError: a name that is taken, no room.
+        """
         with self._lock:
             try:
                 self._ram.drop(context.id)
                 self._load(context.id)
             except ContextError:  # not there, or damaged: this is a good copy
                 self._path(context.id).unlink(missing_ok=True)
-            self.commit(context, name, replace=replace)
-        return context
+            self.commit(context, name, replace=replace, expires=expires)
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
@@ -493,6 +518,22 @@ class Store:
                 return 0.0
 
         return iter(sorted(ids, key=used))
+
+
+def examine(path: str | Path, reader: Reader | None = None) -> Context:
+    """A context of a file that anybody may have written; with a ``reader`` only one of its model.
+
+    Raises:
+        ContextError: a file that is no context, cut or altered, with numbers that are none, or of another model.
+    """
+    context = Context.load(path)
+    for part, t in context.tensors().items():
+        empty = part.endswith((".scores", ".log_a"))  # of an empty slot, and of a gate that forgets all
+        if not bool((t.isfinite() | (t == -torch.inf) if empty else t.isfinite()).all()):
+            raise ContextError(f"{path}: {part} holds numbers that are not finite")
+    if reader is not None:
+        reader.fit(context)
+    return context
 
 
 def _checked(name: str) -> str:

@@ -6,9 +6,10 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -16,22 +17,27 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import Depends, FastAPI, Header
+from fastapi import Depends, FastAPI
 from fastapi import Request as HTTP
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from llm_mlp.context import ContextError, describe
-from llm_mlp.context.store import summary
+from llm_mlp.context import Context, ContextError, compose, describe, diff
+from llm_mlp.context.store import examine, summary
 from llm_mlp.infer import Full, Request
+from llm_mlp.serve import answers
 from llm_mlp.serve.protocol import (
     AppendRequest,
     ChatRequest,
     CompletionRequest,
+    ComposeRequest,
     ContextRequest,
     EmbeddingRequest,
+    Expires,
     ForkRequest,
     Generation,
     UndoRequest,
@@ -41,6 +47,17 @@ from llm_mlp.serve.service import Piece, Prompt, Refused, Service
 log = logging.getLogger("llm_mlp.serve")
 
 Receive, Send = Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
+FILE: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": answers.Error,
+        "description": "400 cannot be served (`param`: the field), 401 no key, 404 nothing of that name, 405 no such "
+        "method, 409 taken or not fitting, 413 too large, 429 busy",
+    },
+    "5XX": {"model": answers.Error, "description": "500 failed, 503 not running, 504 over time"},
+}
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -62,7 +79,9 @@ class _Limits:
     ) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit, size, status, began = self.service.settings.max_body, 0, 0, time.perf_counter()
+        settings = self.service.settings
+        file = scope["method"] == "PUT" and scope["path"].endswith("/file")
+        limit, size, status, began = settings.max_upload if file else settings.max_body, 0, 0, time.perf_counter()
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = _error(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
 
@@ -93,10 +112,12 @@ class _Limits:
             log.info("%s", json.dumps(row | scope.get("state", {}).get("facts", {})))
 
 
-def _user(http: HTTP, authorization: Annotated[str | None, Header()] = None) -> str:
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _user(http: HTTP, given: Bearer) -> str:
     """Whose request it is."""
-    scheme, _, key = (authorization or "").partition(" ")
-    found = http.app.state.service.user(key.strip() if scheme.lower() == "bearer" else None)
+    found = http.app.state.service.user(given.credentials.strip() if given is not None else None)
     if found is None:
         raise Refused(401, "no API key, or a wrong one: Authorization: Bearer KEY", code="invalid_api_key")
     return found
@@ -114,7 +135,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.close, 60)
 
-    app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.service = service
     app.add_middleware(_Limits, service=service)
     for add in (_add_errors, _add_about, _add_writing, _add_contexts):
@@ -161,27 +182,27 @@ def _add_about(app: FastAPI, service: Service) -> None:
     async def page() -> Response:
         return HTMLResponse(files("llm_mlp.serve").joinpath("page.html").read_text(encoding="utf8"))
 
-    @app.get("/health")
+    @app.get("/health", response_model=answers.Health)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=answers.Ready)
     async def ready() -> Response:
         if not service.alive:
             return _error(503, "the engine is not running", code="not_ready")
         return JSONResponse({"status": "ready", **service.engine.load, "capacity": service.capacity})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(user: User) -> Response:
         text = await asyncio.to_thread(generate_latest, service.registry)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=answers.ModelList)
     async def models(user: User) -> dict[str, Any]:
         row = {"id": service.settings.name, "object": "model", "created": 0, "owned_by": "llm-mlp"}
         return {"object": "list", "data": [row]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", response_model=answers.ModelRow)
     async def model(name: str, user: User) -> dict[str, Any]:
         if name != service.settings.name:
             raise Refused(404, f"model {name!r} does not exist; this is {service.settings.name!r}", "model")
@@ -226,19 +247,19 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             return StreamingResponse(writer.stream(first, pieces), media_type="text/event-stream")
         return JSONResponse(await _unless_gone(http, writer.whole(pieces, n)))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=answers.ChatAnswer, responses={200: EVENTS})
     async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:
         tools = body.tools if body.tool_choice != "none" else None
         ids = await asyncio.to_thread(service.chat_ids, body.messages, tools, begin=body.context is None)
         kind = _Chat(service, body.alternatives, [*body.stops, *service.template.stop])
         return await answer(http, body, user, kind, ids, body.max_completion_tokens or body.max_tokens)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=answers.TextAnswer, responses={200: EVENTS})
     async def completions(body: CompletionRequest, http: HTTP, user: User) -> Response:
         kind = _Completion(service, body.logprobs, body.stops)
         return await answer(http, body, user, kind, body.given, body.max_tokens or 16)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", response_model=answers.EmbeddingList)
     async def embeddings(body: EmbeddingRequest, user: User) -> dict[str, Any]:
         if not 1 <= len(body.texts) <= 2048:
             raise Refused(400, "input: 1 to 2,048 texts", "input")
@@ -258,7 +279,16 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
 
 def _add_contexts(app: FastAPI, service: Service) -> None:
-    """Contexts: made, shown, continued, taken back, removed."""
+    """Contexts: made, shown, continued, taken back, compared, composed, sent, taken in, removed."""
+    importing = asyncio.Lock()  # each file is loaded whole, to be checked
+
+    def free(user: str, name: str, field: str) -> None:
+        try:
+            there = service.store(user).look(name)
+        except ContextError as error:
+            raise Refused(400, str(error), field) from None
+        if there is not None:
+            raise Refused(409, f"context {name!r} exists; choose another name", field)
 
     def row(user: str, name: str) -> dict[str, Any]:
         service.known(user, name)
@@ -266,86 +296,179 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
         return {"object": "context", **summary(store.entry(name), store.manifest(name))}
 
     async def read(
-        http: HTTP, user: str, name: str, text: str, stream: bool, expires: float | None, base: str | None
+        http: HTTP, user: str, name: str, body: ContextRequest | AppendRequest, base: str | None
     ) -> Response:
-        prompt = await asyncio.to_thread(service.prompt, text, user, base)
-        request = Request(prompt.ids, 0, start=prompt.start, keep=True)
-        until = None if expires is None else timedelta(seconds=expires)
+        if isinstance(body, ContextRequest) and body.composable:
+            prompt = Prompt(await asyncio.to_thread(service.prompt_ids, body.text), reason="miss: all of it is read")
+            pieces = service.observed(prompt)
+        else:
+            prompt = await asyncio.to_thread(service.prompt, body.text, user, base)
+            if base is not None and prompt.base is not None and prompt.base.transition is not None:
+                pieces = service.observed(prompt)  # it stays composable
+            else:
+                pieces = service.run(Request(prompt.ids, 0, start=prompt.start, keep=True), [])
 
-        async def done(end: Any) -> dict[str, Any]:
+        async def done(piece: Piece) -> dict[str, Any]:
             def commit() -> None:
+                assert piece.final is not None
                 # What was found by its text is no parent: the name is a new one.
-                context = service.reader.wrap(end, prompt.base if base is not None else None)
-                service.store(user).commit(context, name, expires=until)
+                parent = prompt.base if base is not None else None
+                context = service.reader.wrap(piece.final, parent, piece.transition)
+                service.store(user).commit(context, name, expires=_until(body.expires_seconds))
 
             await asyncio.to_thread(commit)
             found = await asyncio.to_thread(row, user, name)
             return found | {"cached_tokens": prompt.cached, "cache": prompt.reason}
 
-        async def events() -> AsyncIterator[str]:
-            async for piece in service.run(request, []):
-                yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
-                if piece.final is not None:
-                    try:
-                        yield _event(await done(piece.final))
-                    except ContextError as error:
-                        yield _event({"error": {"message": str(error)}})
+        async def events(first: Piece) -> AsyncIterator[str]:
+            try:
+                async for piece in _both(first, pieces):
+                    yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
+                    if piece.final is not None:
+                        yield _event(await done(piece))
+            except (ContextError, Refused, Full) as error:  # the status has been sent
+                yield _event({"error": {"message": str(error)}})
+            finally:
+                await pieces.aclose()  # type: ignore[attr-defined]
             yield "data: [DONE]\n\n"
 
         async def whole() -> dict[str, Any]:
-            async for piece in service.run(request, []):
+            async for piece in pieces:
                 if piece.final is not None:
-                    return await done(piece.final)
+                    return await done(piece)
             raise Refused(500, "the reading ended without a state")
 
-        if stream:
-            return StreamingResponse(events(), media_type="text/event-stream")
+        if body.stream:
+            # Refusals come with their status, not in the stream.
+            first = await _unless_gone(http, anext(pieces))
+            return StreamingResponse(events(first), media_type="text/event-stream")
         return JSONResponse(await _unless_gone(http, whole()), 201)
 
-    @app.get("/v1/contexts")
+    @app.get("/v1/contexts", response_model=answers.ContextList)
     async def contexts(user: User) -> dict[str, Any]:
         def rows() -> list[dict[str, Any]]:
             return [row(user, entry.name) for entry in service.store(user).entries()]
 
         return {"object": "list", "data": await asyncio.to_thread(rows), "usage": service.store(user).usage()}
 
-    @app.post("/v1/contexts")
-    async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
-        try:
-            there = service.store(user).look(body.name)
-        except ContextError as error:
-            raise Refused(400, str(error), "name") from None
-        if there is not None:
-            raise Refused(409, f"context {body.name!r} exists; choose another name, or append to it", "name")
-        return await read(http, user, body.name, body.text, body.stream, body.expires_seconds, None)
+    made: dict[str, Any] = {"status_code": 201, "response_model": answers.ContextRead, "responses": {200: EVENTS}}
 
-    @app.get("/v1/contexts/{name}")
+    @app.post("/v1/contexts", **made)
+    async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
+        free(user, body.name, "name")
+        return await read(http, user, body.name, body, None)
+
+    @app.get("/v1/contexts/{name}", response_model=answers.ContextShown)
     async def show(name: str, user: User) -> dict[str, Any]:
         found = await asyncio.to_thread(row, user, name)
         context = await asyncio.to_thread(service.context, user, name)
         return found | {"detail": await asyncio.to_thread(describe, context, service.model)}
 
-    @app.delete("/v1/contexts/{name}")
+    @app.delete("/v1/contexts/{name}", response_model=answers.ContextRemoved)
     async def remove(name: str, user: User) -> dict[str, Any]:
         service.known(user, name)
         await asyncio.to_thread(service.store(user).remove, name)
         return {"object": "context", "name": name, "deleted": True}
 
-    @app.post("/v1/contexts/{name}/append")
+    @app.post("/v1/contexts/{name}/append", **made)
     async def append(name: str, body: AppendRequest, http: HTTP, user: User) -> Response:
         service.known(user, name)
-        return await read(http, user, name, body.text, body.stream, None, name)
+        return await read(http, user, name, body, name)
 
-    @app.post("/v1/contexts/{name}/fork")
+    @app.post("/v1/contexts/{name}/fork", response_model=answers.ContextRow)
     async def fork(name: str, body: ForkRequest, user: User) -> dict[str, Any]:
         service.known(user, name)
+        free(user, body.to, "to")
         await asyncio.to_thread(service.store(user).fork, name, body.to)
         return await asyncio.to_thread(row, user, body.to)
 
-    @app.post("/v1/contexts/{name}/undo")
+    @app.post("/v1/contexts/{name}/undo", response_model=answers.ContextRow)
     async def undo(name: str, body: UndoRequest, user: User) -> dict[str, Any]:
         service.known(user, name)
         await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
+        return await asyncio.to_thread(row, user, name)
+
+    @app.get("/v1/contexts/{name}/diff", response_model=answers.ContextDiff)
+    async def differ(name: str, other: str, user: User) -> dict[str, Any]:
+        def found() -> dict[str, Any]:
+            for each in (name, other):
+                service.known(user, each)
+            store = service.store(user)
+            return diff(store.get(name), store.get(other))  # as they are: of whatever models
+
+        return await asyncio.to_thread(found)
+
+    @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextRow)
+    async def composed(name: str, body: ComposeRequest, user: User) -> dict[str, Any]:
+        free(user, name, "name")
+
+        def parts() -> list[Context]:
+            return [service.context(user, each) for each in body.contexts]
+
+        separator = [service.tokenizer.eos]
+        context = await service.between_steps(
+            partial(compose, service.reader, await asyncio.to_thread(parts), separator)
+        )
+        await asyncio.to_thread(
+            partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
+        )
+        return await asyncio.to_thread(row, user, name)
+
+    @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
+    async def recall(name: str, http: HTTP, user: User) -> Any:
+        context = await asyncio.to_thread(service.context, user, name)
+        return (await _unless_gone(http, service.recall(context))).report()
+
+    @app.get("/v1/contexts/{name}/file", response_class=StreamingResponse, responses={200: {"content": FILE}})
+    async def export(name: str, user: User) -> Response:
+        service.known(user, name)
+        file, id_ = await asyncio.to_thread(service.store(user).open, name)
+
+        def pieces() -> Iterator[bytes]:
+            with file:
+                while piece := file.read(2**20):
+                    yield piece
+
+        headers = {
+            "Content-Length": str(os.fstat(file.fileno()).st_size),
+            "Content-Disposition": f'attachment; filename="{name}.safetensors"',
+            "ETag": f'"{id_}"',
+        }
+        return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers)
+
+    @app.put(
+        "/v1/contexts/{name}/file",
+        status_code=201,
+        response_model=answers.ContextRow,
+        openapi_extra={"requestBody": {"required": True, "content": FILE}},
+    )
+    async def import_(
+        name: str, http: HTTP, user: User, replace: bool = False, expires_seconds: Expires = None
+    ) -> dict[str, Any]:
+        store = service.store(user)
+        try:
+            store.look(name)
+        except ContextError as error:
+            raise Refused(400, str(error), "name") from None
+        with store.incoming() as file:
+            try:
+                async for piece in http.stream():
+                    await asyncio.to_thread(file.write, piece)
+                await asyncio.to_thread(file.flush)
+            except ClientDisconnect:
+                raise Refused(499, "the client has gone") from None
+            except OSError as error:
+                raise Refused(507, f"the file cannot be kept ({error.strerror})") from None
+
+            def take() -> None:
+                try:
+                    context = examine(file.name, service.reader)
+                except ContextError as error:  # without where it lies here
+                    raise Refused(400, str(error).replace(file.name, "the file"), "file") from None
+                store.take(context, name, replace=replace, expires=_until(expires_seconds))
+
+            async with importing:
+                await asyncio.to_thread(take)
         return await asyncio.to_thread(row, user, name)
 
 
@@ -371,6 +494,17 @@ async def _unless_gone(http: HTTP, work: Any) -> Any:
         for each in (task, watcher):
             each.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _both(first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """A piece that was waited for, and those after it."""
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
+def _until(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _event(row: dict[str, Any]) -> str:
@@ -493,13 +627,8 @@ class _Writer:
         offsets: dict[int, int] = {}
         head = {**self.head, "object": self.kind.objects[1]}
 
-        async def both() -> AsyncIterator[Piece]:
-            yield first
-            async for piece in pieces:
-                yield piece
-
         try:
-            async for piece in both():
+            async for piece in _both(first, pieces):
                 self.tokens += len(piece.tokens)
                 self.facts["completion_tokens"] = self.tokens
                 saved = await self._saved(piece)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -177,16 +177,27 @@ class EmbeddingRequest(Body):
         return list(self.input)  # type: ignore[arg-type]
 
 
+# None: a new context stays, one that is appended to or replaced keeps its time.
+Expires = Annotated[float | None, Field(gt=0, le=10 * 365 * 86400)]
+
+
 class ContextRequest(Body):
     name: str
     text: str = Field(min_length=1)
-    expires_seconds: float | None = Field(None, gt=0, le=10 * 365 * 86400)
+    expires_seconds: Expires = None
+    composable: bool = Field(False, description="keep what composing needs: a larger file, and all is read")
     stream: bool = False
 
 
 class AppendRequest(Body):
     text: str = Field(min_length=1)
+    expires_seconds: Expires = None
     stream: bool = False
+
+
+class ComposeRequest(Body):
+    contexts: list[str] = Field(min_length=1, max_length=16)  # the work grows with the square of their number
+    expires_seconds: Expires = None
 
 
 class ForkRequest(Body):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +19,13 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
-from llm_mlp.context import Context, ContextError, Reader, Store, default_folder
+from llm_mlp.context import Context, ContextError, Reader, Recall, Store, ask, default_folder, plant
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
 from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
+from llm_mlp.models.mixer import State
 from llm_mlp.serve.protocol import Generation, Message
 
 log = logging.getLogger("llm_mlp.serve")
@@ -43,6 +45,7 @@ class Settings:
             no bound.
         store: folder of stored contexts; each key has one of its own in it.
         max_tokens: written at most by a request. max_prompt: read at most. max_body: bytes of a request.
+        max_upload: bytes of a context's file that is imported.
         timeout: seconds a request may take.
         schema_bytes, schema_seconds: as `llm_mlp.infer.Grammars`: the size of a JSON schema or expression that an
             answer has to follow, and how long compiling it may take.
@@ -59,6 +62,7 @@ class Settings:
     max_tokens: int = 4096
     max_prompt: int = 10_000_000
     max_body: int = 32 * 2**20
+    max_upload: int = 2 * GIB
     timeout: float = 600.0
     schema_bytes: int = 1 << 16
     schema_seconds: float = 5.0
@@ -82,6 +86,7 @@ class Piece:
     finish: str | None = None
     read: int = 0
     final: Start | None = None
+    transition: State | None = None  # of the text behind ``final``, where it was asked for
 
 
 class Text:
@@ -157,6 +162,7 @@ class Service:
         self._stored = stored
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
+        self._observing = asyncio.Lock()
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
@@ -329,7 +335,7 @@ class Service:
         n: int = 1,
         closing: Sequence[int] = (),
         grammar: Grammar | None = None,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
 
         ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
@@ -339,6 +345,16 @@ class Service:
             `llm_mlp.infer.Full`: the queue is full.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        started = loop.time()
+        deadline = started + self.settings.timeout
+        if n > 1:
+            load = self.engine.load
+            if load["waiting"] + n > self.engine.queue + load["free"]:  # before anything is read for them
+                raise Full(f"{load['waiting']} requests are waiting already, and this one asks for {n} answers")
+            if len(request.prompt):
+                # Read once; the answers go on from copies of the state, as separate requests would from their own.
+                end = await self._read(replace(request, max_tokens=0, keep=True))
+                request = replace(request, prompt=[], start=end)
 
         def emitter(index: int) -> Callable[[Event], None]:
             def emit(event: Event) -> None:
@@ -348,7 +364,6 @@ class Service:
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
-        started = loop.time()
         last = [started] * n
         written, again = [""] * n, [False] * n
         try:
@@ -362,9 +377,12 @@ class Service:
                     raise Refused(400, str(error)) from None
             open_ = set(range(n))
             while open_:
-                left = started + self.settings.timeout - loop.time()
                 try:
-                    index, event = await asyncio.wait_for(queue.get(), left)
+                    if loop.time() > deadline:
+                        raise TimeoutError
+                    # Not wait_for: Python 3.11's loses a cancellation that comes together with an event.
+                    async with asyncio.timeout_at(deadline):
+                        index, event = await queue.get()
                 except TimeoutError:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
                 if index not in open_:
@@ -408,6 +426,60 @@ class Service:
         finally:
             for ticket in tickets:
                 ticket.cancel()
+
+    async def _read(self, request: Request) -> Start:
+        """The state after a prompt of which nothing is written."""
+        async with contextlib.aclosing(self.run(request, [])) as pieces:
+            async for piece in pieces:
+                if piece.final is not None:
+                    return piece.final
+        raise Refused(500, "the reading ended without a state")
+
+    async def observed(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
+        """Reads a prompt behind its base, or from nothing, and keeps the map that the text is: what composing needs.
+
+        In pieces of a chunk between the engine's steps, one text at a time: the layers are watched meanwhile.
+
+        Raises:
+            Refused: 504 over time.
+        """
+        ids, base = prompt.ids, prompt.base
+        began, seen = prompt.cached, dict(base.transition or {}) if base is not None else None
+        state, logits = (None, None) if prompt.start is None else (prompt.start.state, prompt.start.logits)
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        done = 0
+        while done < len(ids):
+            end = min(len(ids), done + self.settings.chunk - (began + done) % self.settings.chunk)
+
+            def read(a: int = done, b: int = end, before: Any = state, map_: State | None = seen) -> Any:
+                with self.reader.observed(map_) as now:
+                    return *read_tokens(self.model, ids[a:b], before, position=began + a), now
+
+            if asyncio.get_running_loop().time() > deadline:
+                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+            async with self._observing:
+                state, logits, seen = await self.between_steps(read)
+            done = end
+            piece = Piece(0, "", read=done)
+            if done == len(ids):
+                assert state is not None and logits is not None
+                before = [] if base is None else [base.tokens]
+                tokens = torch.cat([*before, torch.tensor(ids, dtype=torch.int32)])
+                piece.final, piece.transition, piece.finish = Start(tokens, state, logits), seen, "length"
+            yield piece
+
+    async def recall(self, context: Context) -> Recall:
+        """What a context's text still brings back, read once more with planted pairs as any prompt is; nothing of it
+        stays.
+
+        Raises:
+            ContextError: a text too short. Refused: one too long, or over time.
+        """
+        planted = await asyncio.to_thread(plant, self.reader, context)
+        if len(planted.tokens) > (most := self.settings.max_prompt):
+            raise Refused(400, f"with what is planted {len(planted.tokens):,} tokens; {most:,} are read", "context")
+        end = await self._read(Request(planted.tokens.tolist(), 0, keep=True))
+        return await self.between_steps(partial(ask, self.reader, planted, end.state))
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
