@@ -198,25 +198,29 @@ def _checked(value: object, field: str, where: str) -> str:
 # -- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, and where each stands."""
     with _opened(path) as file:
         number = 0
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            text = _decode(line, where)
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}); expected one record a line") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: expected a record {{...}}, got {type(record).__name__}; one record a line")
-            yield record, where
+            if line.strip():
+                where = f"{path}:{number}"
+                yield _decode(line, where), where
         if number == 0:
             raise DataError(f"{path}: the file is empty")
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for text, where in _lines(path):
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error}); expected one record a line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected a record {{...}}, got {type(record).__name__}; one record a line")
+        yield record, where
 
 
 def _tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Record]:
@@ -226,27 +230,21 @@ def _tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Record]:
     backslashes stay, because those who write such files escape line ends alone (``\\frac`` is no form feed).
     """
     names = columns
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            cells = _decode(line, where).rstrip("\r\n").split("\t")
-            if not names:
-                names = tuple(cells)
-                if twice := sorted({name for name in names if names.count(name) > 1}):
-                    raise DataError(
-                        f"{where}: the first row names column {twice[0]!r} twice; set columns if it is a record already"
-                    )
-                continue
-            if len(cells) != len(names):
+    for text, where in _lines(path):
+        cells = text.rstrip("\r\n").split("\t")
+        if not names:
+            names = tuple(cells)
+            if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise DataError(
-                    f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(map(repr, names))}); a tab "
-                    "within a text has to be replaced, a line end written as \\n"
+                    f"{where}: the first row names column {twice[0]!r} twice; set columns if it is a record already"
                 )
-            yield dict(zip(names, (cell.replace("\\n", "\n") for cell in cells), strict=True)), where
+            continue
+        if len(cells) != len(names):
+            raise DataError(
+                f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(map(repr, names))}); a tab "
+                "within a text has to be replaced, a line end written as \\n"
+            )
+        yield dict(zip(names, (cell.replace("\\n", "\n") for cell in cells), strict=True)), where
 
 
 def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[Record]:

@@ -138,7 +138,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.service = service
     app.add_middleware(_Limits, service=service)
-    for add in (_add_errors, _add_about, _add_writing, _add_contexts):
+    for add in (_add_errors, _add_about, _add_writing, _add_contexts, _add_context_tools):
         add(app, service)
     return app
 
@@ -278,76 +278,81 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         return {"object": "list", "data": rows, "model": service.settings.name, "usage": usage}
 
 
-def _add_contexts(app: FastAPI, service: Service) -> None:
-    """Contexts: made, shown, continued, taken back, compared, composed, sent, taken in, removed."""
-    importing = asyncio.Lock()  # each file is loaded whole, to be checked
+def _free(service: Service, user: str, name: str, field: str) -> None:
+    """Raises `Refused`: a context of that name is there, or it can be none."""
+    try:
+        there = service.store(user).look(name)
+    except ContextError as error:
+        raise Refused(400, str(error), field) from None
+    if there is not None:
+        raise Refused(409, f"context {name!r} exists; choose another name", field)
 
-    def free(user: str, name: str, field: str) -> None:
-        try:
-            there = service.store(user).look(name)
-        except ContextError as error:
-            raise Refused(400, str(error), field) from None
-        if there is not None:
-            raise Refused(409, f"context {name!r} exists; choose another name", field)
 
-    def row(user: str, name: str) -> dict[str, Any]:
-        service.known(user, name)
-        store = service.store(user)
-        return {"object": "context", **summary(store.entry(name), store.manifest(name))}
+def _row(service: Service, user: str, name: str) -> dict[str, Any]:
+    """A stored context, as it is listed."""
+    service.known(user, name)
+    store = service.store(user)
+    return {"object": "context", **summary(store.entry(name), store.manifest(name))}
 
-    async def read(
-        http: HTTP, user: str, name: str, body: ContextRequest | AppendRequest, base: str | None
-    ) -> Response:
-        if isinstance(body, ContextRequest) and body.composable:
-            prompt = Prompt(await asyncio.to_thread(service.prompt_ids, body.text), reason="miss: all of it is read")
-            pieces = service.observed(prompt)
+
+async def _read_context(
+    service: Service, http: HTTP, user: str, name: str, body: ContextRequest | AppendRequest, base: str | None
+) -> Response:
+    """Read a text into context ``name``, behind context ``base``; as a stream of progress if the body asks for it."""
+    if isinstance(body, ContextRequest) and body.composable:
+        prompt = Prompt(await asyncio.to_thread(service.prompt_ids, body.text), reason="miss: all of it is read")
+        pieces = service.observed(prompt)
+    else:
+        prompt = await asyncio.to_thread(service.prompt, body.text, user, base)
+        if base is not None and prompt.base is not None and prompt.base.transition is not None:
+            pieces = service.observed(prompt)  # it stays composable
         else:
-            prompt = await asyncio.to_thread(service.prompt, body.text, user, base)
-            if base is not None and prompt.base is not None and prompt.base.transition is not None:
-                pieces = service.observed(prompt)  # it stays composable
-            else:
-                pieces = service.run(Request(prompt.ids, 0, start=prompt.start, keep=True), [])
+            pieces = service.run(Request(prompt.ids, 0, start=prompt.start, keep=True), [])
 
-        async def done(piece: Piece) -> dict[str, Any]:
-            def commit() -> None:
-                assert piece.final is not None
-                # What was found by its text is no parent: the name is a new one.
-                parent = prompt.base if base is not None else None
-                context = service.reader.wrap(piece.final, parent, piece.transition)
-                service.store(user).commit(context, name, expires=_until(body.expires_seconds))
+    async def done(piece: Piece) -> dict[str, Any]:
+        def commit() -> None:
+            assert piece.final is not None
+            # What was found by its text is no parent: the name is a new one.
+            parent = prompt.base if base is not None else None
+            context = service.reader.wrap(piece.final, parent, piece.transition)
+            service.store(user).commit(context, name, expires=_until(body.expires_seconds))
 
-            await asyncio.to_thread(commit)
-            found = await asyncio.to_thread(row, user, name)
-            return found | {"cached_tokens": prompt.cached, "cache": prompt.reason}
+        await asyncio.to_thread(commit)
+        found = await asyncio.to_thread(_row, service, user, name)
+        return found | {"cached_tokens": prompt.cached, "cache": prompt.reason}
 
-        async def events(first: Piece) -> AsyncIterator[str]:
-            try:
-                async for piece in _both(first, pieces):
-                    yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
-                    if piece.final is not None:
-                        yield _event(await done(piece))
-            except (ContextError, Refused, Full) as error:  # the status has been sent
-                yield _event({"error": {"message": str(error)}})
-            finally:
-                await pieces.aclose()  # type: ignore[attr-defined]
-            yield "data: [DONE]\n\n"
-
-        async def whole() -> dict[str, Any]:
-            async for piece in pieces:
+    async def events(first: Piece) -> AsyncIterator[str]:
+        try:
+            async for piece in _both(first, pieces):
+                yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
                 if piece.final is not None:
-                    return await done(piece)
-            raise Refused(500, "the reading ended without a state")
+                    yield _event(await done(piece))
+        except (ContextError, Refused, Full) as error:  # the status has been sent
+            yield _event({"error": {"message": str(error)}})
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+        yield "data: [DONE]\n\n"
 
-        if body.stream:
-            # Refusals come with their status, not in the stream.
-            first = await _unless_gone(http, anext(pieces))
-            return StreamingResponse(events(first), media_type="text/event-stream")
-        return JSONResponse(await _unless_gone(http, whole()), 201)
+    async def whole() -> dict[str, Any]:
+        async for piece in pieces:
+            if piece.final is not None:
+                return await done(piece)
+        raise Refused(500, "the reading ended without a state")
+
+    if body.stream:
+        # Refusals come with their status, not in the stream.
+        first = await _unless_gone(http, anext(pieces))
+        return StreamingResponse(events(first), media_type="text/event-stream")
+    return JSONResponse(await _unless_gone(http, whole()), 201)
+
+
+def _add_contexts(app: FastAPI, service: Service) -> None:
+    """Contexts: listed, made, shown, continued, taken back, removed."""
 
     @app.get("/v1/contexts", response_model=answers.ContextList)
     async def contexts(user: User) -> dict[str, Any]:
         def rows() -> list[dict[str, Any]]:
-            return [row(user, entry.name) for entry in service.store(user).entries()]
+            return [_row(service, user, entry.name) for entry in service.store(user).entries()]
 
         return {"object": "list", "data": await asyncio.to_thread(rows), "usage": service.store(user).usage()}
 
@@ -355,12 +360,12 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/contexts", **made)
     async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
-        free(user, body.name, "name")
-        return await read(http, user, body.name, body, None)
+        _free(service, user, body.name, "name")
+        return await _read_context(service, http, user, body.name, body, None)
 
     @app.get("/v1/contexts/{name}", response_model=answers.ContextShown)
     async def show(name: str, user: User) -> dict[str, Any]:
-        found = await asyncio.to_thread(row, user, name)
+        found = await asyncio.to_thread(_row, service, user, name)
         context = await asyncio.to_thread(service.context, user, name)
         return found | {"detail": await asyncio.to_thread(describe, context, service.model)}
 
@@ -373,20 +378,25 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts/{name}/append", **made)
     async def append(name: str, body: AppendRequest, http: HTTP, user: User) -> Response:
         service.known(user, name)
-        return await read(http, user, name, body, name)
+        return await _read_context(service, http, user, name, body, name)
 
     @app.post("/v1/contexts/{name}/fork", response_model=answers.ContextRow)
     async def fork(name: str, body: ForkRequest, user: User) -> dict[str, Any]:
         service.known(user, name)
-        free(user, body.to, "to")
+        _free(service, user, body.to, "to")
         await asyncio.to_thread(service.store(user).fork, name, body.to)
-        return await asyncio.to_thread(row, user, body.to)
+        return await asyncio.to_thread(_row, service, user, body.to)
 
     @app.post("/v1/contexts/{name}/undo", response_model=answers.ContextRow)
     async def undo(name: str, body: UndoRequest, user: User) -> dict[str, Any]:
         service.known(user, name)
         await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
-        return await asyncio.to_thread(row, user, name)
+        return await asyncio.to_thread(_row, service, user, name)
+
+
+def _add_context_tools(app: FastAPI, service: Service) -> None:
+    """Contexts: compared, composed, asked what they recall, sent and taken in as files."""
+    importing = asyncio.Lock()  # each file is loaded whole, to be checked
 
     @app.get("/v1/contexts/{name}/diff", response_model=answers.ContextDiff)
     async def differ(name: str, other: str, user: User) -> dict[str, Any]:
@@ -400,7 +410,7 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextRow)
     async def composed(name: str, body: ComposeRequest, user: User) -> dict[str, Any]:
-        free(user, name, "name")
+        _free(service, user, name, "name")
 
         def parts() -> list[Context]:
             return [service.context(user, each) for each in body.contexts]
@@ -412,7 +422,7 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
         await asyncio.to_thread(
             partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
         )
-        return await asyncio.to_thread(row, user, name)
+        return await asyncio.to_thread(_row, service, user, name)
 
     @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
     async def recall(name: str, http: HTTP, user: User) -> Any:
@@ -469,7 +479,7 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
 
             async with importing:
                 await asyncio.to_thread(take)
-        return await asyncio.to_thread(row, user, name)
+        return await asyncio.to_thread(_row, service, user, name)
 
 
 async def _unless_gone(http: HTTP, work: Any) -> Any:

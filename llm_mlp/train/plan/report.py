@@ -52,7 +52,7 @@ def make_plan(
         preset, parameters: the model (`scaled`). gpus, gpu: devices, of a name in `GPUS`.
         length: tokens a sequence. tokens: of the run; None: 20 a parameter. batch: tokens a step, a multiple of
             ``length``; None: 2^19 for a model of 1e9 parameters, growing as their root, a power of two of sequences.
-        layout: fixes some numbers, for example ``pp=4,tp=8``. checkpointing: ``auto | none | full``.
+        layout: fixes some numbers, for example ``pp=4,tp=8``. checkpointing: ``auto | none | selective | full``.
         optimizer: ``muon | adamw``.
 
     Returns:
