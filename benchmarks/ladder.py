@@ -1,5 +1,6 @@
 """How many tokens each rung of the training recipe needs to reach what tuned AdamW at a constant rate reaches.
 
+    python benchmarks/ladder.py embedding --prepared data/FOLDER            # the embedding's rate, at half the length
     python benchmarks/ladder.py run --prepared data/FOLDER --seconds 500    # as far as it comes; again: goes on
     python benchmarks/ladder.py report
 
@@ -34,17 +35,36 @@ SHARES = (0.7, 0.5, 0.35, 0.25)
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 WIDE = (0.00025, *RATES, 0.064)
 RAMP = ["control.batch=ramp", "micro_batch=8", "control.max_batch=128"]
-MUON = ["optimizer.name=muon", "schedule.kind=linear", "schedule.decay=1.0"]
+
+
+def _optimizer(name: str, embedding_rate: int) -> list[str]:
+    return [f"optimizer.name={name}", *([f"optimizer.embedding_rate={embedding_rate}"] if embedding_rate != 1 else ())]
+
+
+ADAMW, MUON = _optimizer("adamw", 1), [*_optimizer("muon", 1), "schedule.kind=linear", "schedule.decay=1.0"]
 RUNGS: dict[str, list[str]] = {
-    "constant": ["optimizer.name=adamw", "schedule.kind=constant"],
-    "cosine": ["optimizer.name=adamw", "schedule.kind=cosine"],
-    "linear": ["optimizer.name=adamw", "schedule.kind=linear", "schedule.decay=1.0"],
+    "constant": [*ADAMW, "schedule.kind=constant"],
+    "cosine": [*ADAMW, "schedule.kind=cosine"],
+    "linear": [*ADAMW, "schedule.kind=linear", "schedule.decay=1.0"],
     "muon": MUON,
     "ramp": [*MUON, *RAMP],
     "noise": [*MUON, *RAMP, "control.rate_from_gradients=true"],
 }
+# Explored once, at half the length: what the embedding's rate should be beside that of the matrices.
+EMBEDDING = {
+    f"{rung}, embedding x{factor}": [*RUNGS[rung], f"optimizer.embedding_rate={factor}"]
+    for rung in ("linear", "muon")
+    for factor in (1, 4, 16, 64)
+}
+EXPLORED = [
+    (f"{rung}, embedding x{factor}", lr, 0.5, 0)
+    for factor in (1, 16, 4, 64)
+    for rung, rates in (("linear", (0.001, 0.002)), ("muon", (0.008,)))
+    for lr in rates
+]
 # Averages change nothing of a run: every rung has them, the last one is their figure beside the last rung's.
 AVERAGES = ["average.ema=0.99", "average.last=5", "average.every=20"]
+OVERRIDES = RUNGS | EMBEDDING
 BASE = "constant"
 Job = tuple[str, float, float, int]  # rung, rate, share of the tokens, seed
 
@@ -53,7 +73,11 @@ def done(results: Path) -> dict[Job, dict[str, Any]]:
     if not results.is_file():
         return {}
     lines = [json.loads(line) for line in results.read_text(encoding="utf8").splitlines()]
-    return {(r["rung"], r["lr"], r["share"], r["seed"]): r for r in lines if r["batch_size"] == BATCH}
+    return {
+        (r["rung"], r["lr"], r["share"], r["seed"]): r
+        for r in lines
+        if r["batch_size"] == BATCH and r.get("overrides") in (None, OVERRIDES.get(r["rung"]))
+    }
 
 
 def loss_of(line: dict[str, Any], average: bool = False) -> float:
@@ -127,9 +151,9 @@ def run_one(job: Job, prepared: str, runs: str, device: str) -> dict[str, Any]:
         "cuda_graph=true",
         "log_every=50",
         "control.batch=off",
-        f"out={runs}/{rung}-{lr}-{share}-{seed}-{time.time_ns()}",
+        f"out={runs}/{rung.replace(', ', '-').replace(' ', '-')}-{lr}-{share}-{seed}-{time.time_ns()}",
     ]
-    config = load(TrainConfig, find("30m"), [*values, *AVERAGES, *RUNGS[rung]])
+    config = load(TrainConfig, find("30m"), [*values, *AVERAGES, *OVERRIDES[rung]])
     start = time.monotonic()
     result = train(config, quiet=True)
     return {
@@ -147,7 +171,7 @@ def run_one(job: Job, prepared: str, runs: str, device: str) -> dict[str, Any]:
         "tokens_per_second": result.tokens_per_second,
         "seconds": time.monotonic() - start,
         "memory_bytes": result.memory,
-        "overrides": RUNGS[rung],
+        "overrides": OVERRIDES[rung],
     }
 
 
@@ -172,7 +196,9 @@ def run(args: argparse.Namespace) -> None:
     idle = list(inboxes)
     cost = args.first  # seconds a full run takes, measured as runs end
     while True:
-        open_ = [job for job in wanted(done(args.results)) if job not in running]
+        found = done(args.results)
+        jobs = [job for job in EXPLORED if job not in found] if args.stage == "embedding" else wanted(found)
+        open_ = [job for job in jobs if job not in running]
         for job in open_[: len(idle)]:
             if time.monotonic() + cost * job[2] * 1.15 < end:
                 inbox = idle.pop()
@@ -250,14 +276,14 @@ def report(args: argparse.Namespace) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("run", "report"))
+    parser.add_argument("stage", choices=("embedding", "run", "report"))
     parser.add_argument("--prepared", default="", help="folder that `llm-mlp prepare` wrote")
     parser.add_argument("--runs", default="/tmp/ladder-runs")
     parser.add_argument("--seconds", type=float, default=500.0, help="no run starts that would end later")
     parser.add_argument("--first", type=float, default=90.0, help="seconds a full run is thought to take, at first")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/ladder.jsonl"))
     args = parser.parse_args()
-    run(args) if args.stage == "run" else report(args)
+    report(args) if args.stage == "report" else run(args)
 
 
 if __name__ == "__main__":

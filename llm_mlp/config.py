@@ -259,6 +259,11 @@ class OptimizerConfig(Config):
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = Field(4e-3, gt=0, description="peak rate (Muon updates are scaled to AdamW's root mean square)")
+    embedding_rate: float = Field(
+        1.0,
+        gt=0,
+        description="rate of the embedding (AdamW's, its numbers start at a deviation of 1), as a factor of lr",
+    )
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

@@ -124,6 +124,7 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
     names: list[str] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    embedding: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         parts, shape = fused.get(name, ()), cuts.shape(name, p)
         if parts and name in cuts.table:
@@ -137,6 +138,8 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
             names.append(name if p.ndim == 2 else "")
         elif config.name == "adamw" and is_matrix:
             decayed.append(p)
+        elif name == "embedding.weight" and config.embedding_rate != 1:
+            embedding.append(p)
         else:
             plain.append(p)
     optimizers: list[torch.optim.Optimizer] = []
@@ -151,6 +154,8 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
             )
         )
     groups = [{"params": plain, "weight_decay": 0.0}]
+    if embedding:
+        groups.append({"params": embedding, "weight_decay": 0.0, "scale": config.embedding_rate})
     if decayed:
         groups.append({"params": decayed, "weight_decay": config.weight_decay})
     fused_kernel = next(model.parameters()).is_cuda
@@ -167,7 +172,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, decay_factor
     """The rate, the weight decay as a factor of the configured one, and Muon's momentum, for the next step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
             group["weight_decay"] = group["decay"] * decay_factor
             if "momentum" in group:
                 group["momentum"] = momentum
