@@ -1,6 +1,6 @@
 """How many tokens each rung of the training recipe needs to reach what tuned AdamW at a constant rate reaches.
 
-    python benchmarks/ladder.py embedding --prepared data/FOLDER            # the embedding's rate, at half the length
+    python benchmarks/ladder.py rates --prepared data/FOLDER                # matrices against embedding, a few runs
     python benchmarks/ladder.py run --prepared data/FOLDER --seconds 500    # as far as it comes; again: goes on
     python benchmarks/ladder.py report
 
@@ -34,6 +34,7 @@ STEPS, BATCH, LENGTH = 1224, 16, 1024  # 20.05 M tokens; at 64 sequences a step 
 SHARES = (0.7, 0.5, 0.35, 0.25)
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 WIDE = (0.00025, *RATES, 0.064)
+Job = tuple[str, float, float, int]  # rung, rate, share of the tokens, seed
 RAMP = ["control.batch=ramp", "micro_batch=8", "control.max_batch=128"]
 
 
@@ -50,23 +51,23 @@ RUNGS: dict[str, list[str]] = {
     "ramp": [*MUON, *RAMP],
     "noise": [*MUON, *RAMP, "control.rate_from_gradients=true"],
 }
-# Explored once, at half the length: what the embedding's rate should be beside that of the matrices.
-EMBEDDING = {
-    f"{rung}, embedding x{factor}": [*RUNGS[rung], f"optimizer.embedding_rate={factor}"]
-    for rung in ("linear", "muon")
-    for factor in (1, 4, 16, 64)
+# Explored once, at half the length: rates of the blocks' matrices and of the embedding beside that of the rest.
+TRIALS = [("linear", lr, 1, e) for e in (1, 4, 16, 64) for lr in (0.001, 0.002)]
+TRIALS += [("linear", lr, m, e) for m, e in ((0.2, 1), (0.2, 16), (0.05, 4)) for lr in (0.008, 0.016)]
+TRIALS += [("linear", lr, m, e) for m, e in ((0.2, 4), (0.05, 1)) for lr in (0.008,)]
+TRIALS += [("muon", 0.008, m, e) for m, e in ((1, 1), (1, 4), (1, 16), (1, 64), (2, 16), (0.5, 32))]
+EXPLORED: dict[Job, list[str]] = {
+    (f"{rung}, matrices x{m}, embedding x{e}", lr, 0.5, 0): [
+        *RUNGS[rung],
+        f"optimizer.matrix_rate={m}",
+        f"optimizer.embedding_rate={e}",
+    ]
+    for rung, lr, m, e in TRIALS
 }
-EXPLORED = [
-    (f"{rung}, embedding x{factor}", lr, 0.5, 0)
-    for factor in (1, 16, 4, 64)
-    for rung, rates in (("linear", (0.001, 0.002)), ("muon", (0.008,)))
-    for lr in rates
-]
 # Averages change nothing of a run: every rung has them, the last one is their figure beside the last rung's.
 AVERAGES = ["average.ema=0.99", "average.last=5", "average.every=20"]
-OVERRIDES = RUNGS | EMBEDDING
+OVERRIDES = RUNGS | {job[0]: overrides for job, overrides in EXPLORED.items()}
 BASE = "constant"
-Job = tuple[str, float, float, int]  # rung, rate, share of the tokens, seed
 
 
 def done(results: Path) -> dict[Job, dict[str, Any]]:
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     cost = args.first  # seconds a full run takes, measured as runs end
     while True:
         found = done(args.results)
-        jobs = [job for job in EXPLORED if job not in found] if args.stage == "embedding" else wanted(found)
+        jobs = [job for job in EXPLORED if job not in found] if args.stage == "rates" else wanted(found)
         open_ = [job for job in jobs if job not in running]
         for job in open_[: len(idle)]:
             if time.monotonic() + cost * job[2] * 1.15 < end:
@@ -223,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
                 "error": error,
             }
         else:
-            cost = line["seconds"] / job[2]
+            cost = min(cost, line["seconds"] / job[2])  # the first runs also compile
         print(json.dumps({k: line[k] for k in line if k not in ("actions", "overrides", "curve")}), flush=True)
         record(args.results, "ladder", line, device=devices[0], seed=job[3])
     for inbox in inboxes:
@@ -276,7 +277,7 @@ def report(args: argparse.Namespace) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("embedding", "run", "report"))
+    parser.add_argument("stage", choices=("rates", "run", "report"))
     parser.add_argument("--prepared", default="", help="folder that `llm-mlp prepare` wrote")
     parser.add_argument("--runs", default="/tmp/ladder-runs")
     parser.add_argument("--seconds", type=float, default=500.0, help="no run starts that would end later")

@@ -259,6 +259,7 @@ class OptimizerConfig(Config):
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = Field(4e-3, gt=0, description="peak rate (Muon updates are scaled to AdamW's root mean square)")
+    matrix_rate: float = Field(1.0, gt=0, description="rate of the matrices in the blocks, as a factor of lr")
     embedding_rate: float = Field(
         1.0,
         gt=0,

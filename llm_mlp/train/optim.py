@@ -146,7 +146,7 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
     if matrices:
         optimizers.append(
             Muon(
-                [{"params": matrices, "rows": rows, "names": names}],
+                [{"params": matrices, "rows": rows, "names": names, "scale": config.matrix_rate}],
                 lr=config.lr,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
@@ -157,7 +157,7 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
     if embedding:
         groups.append({"params": embedding, "weight_decay": 0.0, "scale": config.embedding_rate})
     if decayed:
-        groups.append({"params": decayed, "weight_decay": config.weight_decay})
+        groups.append({"params": decayed, "weight_decay": config.weight_decay, "scale": config.matrix_rate})
     fused_kernel = next(model.parameters()).is_cuda
     optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel))
     held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
