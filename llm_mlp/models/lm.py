@@ -34,7 +34,7 @@ _KEPT = {
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
     "llm_mlp.perceive",
-    "llm_mlp.memorise_rank",
+    "llm_mlp.memorise_slots",
     "llm_mlp.memorise_read",
 }
 

@@ -40,6 +40,12 @@ class Pieces:
             total += active
         return out
 
+    def bounds(self, device: torch.device) -> Tensor:
+        """First piece of each round, and the number of pieces, ``[rounds + 1]`` int64."""
+        if self.gather is None:  # computed there: a copy of a list would wait for the device
+            return torch.arange(len(self.rounds) + 1, device=device) * self.batch
+        return torch.tensor([*self.starts, self.count], device=device)
+
     def slices(self) -> list[slice]:
         """The pieces of each round."""
         return [slice(a, a + n) for a, n in zip(self.starts, self.rounds, strict=True)]

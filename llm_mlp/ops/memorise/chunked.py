@@ -19,7 +19,8 @@ from llm_mlp.ops.memorise.units import Units, ranked, take_rows
 
 # Scores of a batch of blocks are [.., block, slots + block]; more than this many numbers are read in several goes.
 _READ_NUMBERS = 2**28
-Rank = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# (scores, carried, layout, order, full) -> (seen, last, their scores), as `_choose_slots`
+ChooseSlots = Callable[[Tensor, Tensor, Pieces, Tensor, Tensor], tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]
 
 
 class Pool(NamedTuple):
@@ -76,10 +77,10 @@ def choose(
     slots: int,
     bounds: list[int] | None,
     fresh: bool,
-    rank: Rank = ranked,
+    choose_slots: ChooseSlots | None = None,
 ) -> Chosen:
-    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block; ``rank``: what
-    finds the best of a list, as `ranked` does."""
+    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block;
+    ``choose_slots``: in place of `_choose_slots`."""
     B, T, G = score.shape
     N = units.length.shape[0]
     device = score.device
@@ -95,13 +96,18 @@ def choose(
     lengths = torch.full((N,), T, device=device) if bounds is None else _differences(bounds, device)
     filled = torch.zeros_like(lengths) if lead is None else lead
     full = (filled + lengths) // block  # blocks completed
-    order = torch.arange(N, device=device) if layout.order is None else layout.order
-    turn = order if layout.rank is None else layout.rank
-    seen, last, tops = _choose_slots(scores, units.scores[order][:, :, :slots], layout.rounds, order, full[order], rank)
+    carried = units.scores[:, :, :slots]
+    if layout.order is None or layout.rank is None:
+        order = turn = torch.arange(N, device=device)
+        ordered = full
+    else:
+        order, turn = layout.order, layout.rank
+        carried, ordered = carried[order], full[order]
+    seen, last, tops = (choose_slots or _choose_slots)(scores, carried, layout, order, ordered)
     top = tops[1][turn]
 
     # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
-    starts = torch.tensor([*layout.starts, 0], device=device)
+    starts = layout.bounds(device)
     piece = (starts[full.clamp(max=len(layout.rounds))] + turn).clamp(max=layout.count - 1)  # [N]
     rows = torch.arange(block, device=device)
     opened = full[:, None] * block + rows < (filled + lengths)[:, None]  # [N, block]
@@ -123,7 +129,7 @@ def lead_rows(carried: Tensor, slots: int, fresh: bool) -> Tensor | None:
 
 
 def _choose_slots(
-    scores: Tensor, carried: Tensor, rounds: list[int], order: Tensor, full: Tensor, rank: Rank
+    scores: Tensor, carried: Tensor, layout: Pieces, order: Tensor, full: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The slots before each block and after the last full one: places in the pool, and scores.
 
@@ -132,22 +138,21 @@ def _choose_slots(
 
     Args:
         scores: of the blocks' rows ``[b, G, block]``. carried: of the carried slots ``[N, G, slots]``, longest
-            sequence first. rounds: blocks of each round. order: the sequences, longest first. full: their full
-            blocks. rank: as of `choose`.
+            sequence first. order: the sequences, longest first. full: their full blocks.
 
     Returns:
         Places ``[b, G, slots]`` and ``[N, G, slots]`` (longest first), and the scores of both.
     """
     b, G, block = scores.shape
     N, _, slots = carried.shape
-    device = scores.device
+    device, rounds = scores.device, layout.rounds
     # Elements of the scan, a round at a time: the carried slots, then the best rows of each block.
     sizes = torch.tensor([N, *rounds], device=device)
     starts = sizes.cumsum(0) - sizes
     turn = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes, output_size=N + b)
     row = torch.arange(N + b, device=device) - starts[turn]
     done = turn[N:] <= full[row[N:]]  # an open block is not taken in
-    pick, best = rank(torch.where(done[:, None, None], scores, -torch.inf), slots)
+    pick, best = ranked(torch.where(done[:, None, None], scores, -torch.inf), slots)
     own = N * slots + torch.arange(b, device=device)[:, None, None] * block + pick
     place = torch.cat([(order[:, None, None] * slots + torch.arange(slots, device=device)).expand(N, G, slots), own])
     top = torch.cat([carried, best])
@@ -155,7 +160,7 @@ def _choose_slots(
     while step <= len(rounds):
         cut = ends[step - 1]  # elements of earlier rounds are complete
         before = starts[turn[cut:] - step] + row[cut:]
-        pick, merged = rank(torch.cat([top[before], top[cut:]], -1), slots)
+        pick, merged = ranked(torch.cat([top[before], top[cut:]], -1), slots)
         both = torch.cat([place[before], place[cut:]], -1).gather(-1, pick)
         place, top = torch.cat([place[:cut], both]), torch.cat([top[:cut], merged])
         step *= 2

@@ -3,7 +3,9 @@
 Which rows are read is chosen as in `llm_mlp.ops.memorise.chunked`, with a kernel for its sorts and no host
 synchronisation. Queries and rows lie where their tokens lie; a block's slots are read there too, by their places.
 
-- ``_rank``       (list of scores): the best of them, in order, ties by age
+- ``_rank``       (block, group): the best of its scores, in order, ties by age
+- ``_chain``      (sequence, group, span of blocks): the best before each block, its blocks taken in one by one; spans
+                  of a long sequence are taken in apart, then chained, then gone through again from what was before them
 - ``_read``       (block, group, tile of queries): y, and the normaliser of each query
 - ``_read_back``  (block, group, tile of queries): dq, the sink's gradient, and dy . y for the next
 - ``_rows_back``  (block, group, tile of rows): dk and dw of the block's own rows, and what the slots' rows owe
@@ -16,6 +18,7 @@ perceive/kernels.py).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ LAUNCH: Table = {
     "_read_back": {"BQ": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
     "_rows_back": {"BQ": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
 }
+CHAIN = 24  # blocks of a sequence that are taken in one by one; more are cut into spans
 EMPTY = -1  # a slot without a row; below it, -2 - n is the n-th carried row
 
 
@@ -302,8 +306,54 @@ def _rank(score_ptr, place_ptr, best_ptr, size, slots, J: tl.constexpr, STEP: tl
         ahead = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (i[None, :] < j[:, None]))
         rank += tl.sum(ahead.to(tl.int32), 1)
     kept = (j < size) & (rank < slots)
-    tl.store(place_ptr + row * slots + rank, j.to(tl.int64), mask=kept)
+    tl.store(place_ptr + row * slots + rank, j, mask=kept)
     tl.store(best_ptr + row * slots + rank, score, mask=kept)
+
+
+@triton.jit
+def _merge(top, place, new_top, new_place, J: tl.constexpr):
+    """The best J of two lists, each in order, the older first: where a row stands in its own list and how many of the
+    other are ahead of it is its rank, so that nothing is sorted."""
+    j = tl.arange(0, J)
+    old = (j + tl.sum((new_top[None, :] > top[:, None]).to(tl.int32), 1))[None, :] == j[:, None]
+    new = (j + tl.sum((top[None, :] >= new_top[:, None]).to(tl.int32), 1))[None, :] == j[:, None]
+    nothing = -float("inf")
+    tops = tl.maximum(tl.where(old, top[None, :], nothing), tl.where(new, new_top[None, :], nothing))
+    places = tl.maximum(tl.where(old, place[None, :], 0), tl.where(new, new_place[None, :], 0))
+    return tl.max(tops, 1), tl.max(places, 1)
+
+
+@triton.jit(do_not_specialize=["N", "G", "slots", "rounds", "span", "base", "block"])
+def _chain(
+    top_ptr, place_ptr, from_top_ptr, from_place_ptr, start_ptr, full_ptr,
+    before_top_ptr, before_place_ptr, last_top_ptr, last_place_ptr, N, G, slots, rounds, span, base, block,
+    J: tl.constexpr, FROM: tl.constexpr, BEFORE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Lists are [.., G, slots]. List n of round r is the (start[r] + n)-th of ``top``, and its places count from
+    ``base + block * (start[r] + n)``; rounds from full[n] on are not taken in."""
+    n, g, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = tl.arange(0, J)
+    inside = j < slots
+    own = ((s * N + n) * G + g).to(tl.int64) * slots + j
+    top, place = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.int32)
+    if FROM:
+        top = tl.load(from_top_ptr + own, mask=inside, other=-float("inf"))
+        place = tl.load(from_place_ptr + own, mask=inside, other=0)
+    full = tl.load(full_ptr + n)
+    for r in range(s * span, tl.minimum(s * span + span, rounds)):
+        first = tl.load(start_ptr + r)
+        if n < tl.load(start_ptr + r + 1) - first:
+            at = ((first + n) * G + g).to(tl.int64) * slots + j
+            if BEFORE:
+                tl.store(before_top_ptr + at, top, mask=inside)
+                tl.store(before_place_ptr + at, place, mask=inside)
+            if r < full:
+                new_top = tl.load(top_ptr + at, mask=inside, other=-float("inf"))
+                new_place = tl.load(place_ptr + at, mask=inside, other=0) + base + block * (first + n)
+                top, place = _merge(top, place, new_top, new_place, J)
+    if LAST:
+        tl.store(last_top_ptr + own, top, mask=inside)
+        tl.store(last_place_ptr + own, place, mask=inside)
 
 
 @triton.jit
@@ -329,23 +379,71 @@ def sizes_of(R: int, width: int, activation: str, dtype: torch.dtype) -> Sizes:
     return ("R", R), ("width", width), ("activation", activation), ("dtype", str(dtype).removeprefix("torch."))
 
 
-@torch.library.custom_op("llm_mlp::memorise_rank", mutates_args=())
-def ranked(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """As `llm_mlp.ops.memorise.units.ranked`."""
-    scores = scores.contiguous()
-    size = scores.shape[-1]
-    place = torch.zeros((*scores.shape[:-1], slots), dtype=torch.int64, device=scores.device)
-    best = torch.full(place.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
-    if rows := scores.numel() // max(size, 1) if slots else 0:
-        J = triton.next_power_of_2(size)
-        _rank[(rows,)](scores, place, best, size, slots, J=J, STEP=min(J, 32), num_warps=min(4, max(1, J // 64)))
-    return place, best
+@torch.library.custom_op("llm_mlp::memorise_slots", mutates_args=())
+def _slots(
+    scores: Tensor, carried: Tensor, order: Tensor, start: Tensor, full: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slots before each block and after the last full one: int32 places and scores ``[b, G, slots]``, places and
+    scores ``[N, G, slots]``.
+
+    Args:
+        scores: of the blocks' rows ``[b, G, block]``, float32. carried: of the carried slots ``[N, G, slots]``.
+        order: the sequences, longest first, ``[N]``. start: as `Pieces.bounds`. full: full blocks, ``[N]``.
+    """
+    (b, G, block), (N, _, slots) = scores.shape, carried.shape
+    rounds = len(start) - 1
+
+    def lists(*shape: int) -> tuple[Tensor, Tensor]:
+        return scores.new_empty((*shape, G, slots)), scores.new_empty((*shape, G, slots), dtype=torch.int32)
+
+    before, last = lists(b), lists(N)
+    if not slots:
+        return before[1], before[0], last[1], last[0]
+    best, pick = lists(b)
+    best.fill_(-torch.inf), pick.zero_()  # where a block has fewer rows than there are slots
+    J = triton.next_power_of_2(block)
+    _rank[(b * G,)](
+        scores.contiguous(), pick, best, block, slots, J=J, STEP=min(J, 32), num_warps=min(4, max(1, J // 64))
+    )
+    here = (order[:, None, None] * slots + torch.arange(slots, device=scores.device)).expand(N, G, slots)
+    old = carried.contiguous(), here.to(torch.int32).contiguous()
+    start, full = start.to(torch.int32), full.to(torch.int32)
+    J = max(16, triton.next_power_of_2(slots))
+
+    def chain(new, old, start, full, before, last, rounds, span, base, block):
+        _chain[(N, G, triton.cdiv(rounds, span))](
+            *new, *(old or new), start, full, *(before or new), *(last or new),
+            N, G, slots, rounds, span, base, block, J=J,
+            FROM=old is not None, BEFORE=before is not None, LAST=last is not None, num_warps=4,
+        )  # fmt: skip
+
+    # A chain of as many steps as there are blocks, or, of n: spans of l blocks, n / l spans, and l blocks again.
+    span = max(1, rounds) if rounds <= CHAIN else math.isqrt(rounds // 2)
+    if span >= rounds:
+        chain((best, pick), old, start, full, before, last, rounds, span, N * slots, block)
+        return before[1], before[0], last[1], last[0]
+    spans = triton.cdiv(rounds, span)
+    whole, ahead = lists(spans * N), lists(spans * N)
+    chain((best, pick), None, start, full, None, whole, rounds, span, N * slots, block)
+    each = torch.arange(spans + 1, device=scores.device, dtype=torch.int32) * N
+    chain(whole, old, each, torch.full_like(full, spans), ahead, last, spans, spans, 0, 0)
+    chain((best, pick), ahead, start, full, before, None, rounds, span, N * slots, block)
+    return before[1], before[0], last[1], last[0]
 
 
-@ranked.register_fake
-def _(scores, slots):
-    shape = (*scores.shape[:-1], slots)
-    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+@_slots.register_fake
+def _(scores, carried, order, start, full):
+    (b, G, _), (N, _, slots) = scores.shape, carried.shape
+    made = (scores.new_empty((n, G, slots), dtype=kind) for n in (b, N) for kind in (torch.int32, scores.dtype))
+    return tuple(made)
+
+
+def _choose_slots(
+    scores: Tensor, carried: Tensor, layout: Pieces, order: Tensor, full: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """As `llm_mlp.ops.memorise.chunked._choose_slots`."""
+    place, top, last, last_top = _slots(scores, carried, order, layout.bounds(scores.device), full)
+    return place.long(), last.long(), (top, last_top)
 
 
 @torch.library.custom_op("llm_mlp::memorise_read", mutates_args=())
@@ -518,7 +616,7 @@ def memorise(
     if block == 0 or q.numel() == 0:
         return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
     fresh = empty or is_fresh(units, block)
-    chosen = choose(score, units, block, slots, bounds, fresh, ranked)
+    chosen = choose(score, units, block, slots, bounds, fresh, _choose_slots)
     layout, heads = chosen.layout, w.shape[-2:]
     if fresh:
         start, length = _blocks(layout, block, q.device)
