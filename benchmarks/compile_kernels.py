@@ -40,6 +40,10 @@ INTEGERS = (
     "wild_ptr",
     "slot_ptr",
     "full_ptr",
+    "place_ptr",
+    "from_place_ptr",
+    "before_place_ptr",
+    "last_place_ptr",
 )
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 # Pointers to tensors in the inputs' dtype; all others are float32.
@@ -149,10 +153,14 @@ def main() -> None:
             (memorise._read, {"WIDE": False}),
             (memorise._read_back, {}),
             (memorise._rows_back, {}),
+            (memorise._rank, {"J": 256, "STEP": 32}),
+            (memorise._chain, {"J": 64, "FROM": True, "BEFORE": True, "LAST": True}),
         ):
+            if kernel.fn.__name__ in memorise.LAUNCH:
+                constants |= {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": precision}
             show(
                 kernel,
-                {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": precision, **constants},
+                constants,
                 args.dtype,
                 warps,
                 args.stages,
@@ -160,12 +168,12 @@ def main() -> None:
             )
         inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "UNITS": True}
         inputs |= {"CARRIED": False}
-        outputs = {"V": args.value_width, "READ": True, "GATE": True}
+        outputs = {"V": args.value_width, "READ": True, "GATE": True, "PDL": False}
         for kernel, constants in (
             (heads._inputs, inputs),
             (heads._inputs_back, inputs),
             (heads._outputs, outputs),
-            (heads._outputs_back, outputs),
+            (heads._outputs_back, {n: x for n, x in outputs.items() if n != "PDL"}),
             (cross_entropy._loss, {"CAP": True, "GRADIENT": True}),
         ):
             name = kernel.fn.__name__
@@ -188,6 +196,8 @@ def main() -> None:
             (linear_step._linear, {**linear_step.tiles(16, 4096, 1024), **matrices}),
             (heads._inputs_step, {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}),
         ):
+            if "PDL" in kernel.arg_names:
+                constants = {**constants, "PDL": True}
             show(kernel, constants, args.dtype, warps, args.stages, args.capability)
 
 

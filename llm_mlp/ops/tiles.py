@@ -9,10 +9,21 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # The interpreter holds bfloat16 as integers. It would multiply those, so operands are widened first, which is exact;
 # and it cuts float32 off where hardware rounds to the nearest, so rounding is done here.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Waits for the kernel launched before this one, whose results are read or overwritten behind this line; what
+    stands before it overlaps with that kernel, and the next kernel may do the same with this one (programmatic
+    dependent launch: ``PDL`` as `llm_mlp.ops.tune.overlap` says)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

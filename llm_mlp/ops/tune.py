@@ -77,6 +77,16 @@ def plan(op: str, sizes: Sizes) -> Plan:
     return _known.get((op, sizes), (None, ""))[0] or Plan()
 
 
+FEW = 16  # sequences whose steps leave most of a GPU idle: there waiting for the next kernel's start is what takes time
+
+
+def overlap(like: Tensor, sequences: int) -> dict[str, bool]:
+    """How a step's kernel is launched beside its neighbours: for few sequences, on GPUs that can (compute capability
+    9.0 and up), it starts while the one before it ends; `llm_mlp.ops.tiles.after_previous` then waits in it."""
+    able = like.is_cuda and sequences <= FEW and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
 def aligned(x: Tensor) -> Tensor:
     """``x`` contiguous and, as Triton's wide loads want it, at a multiple of 16 bytes."""
     x = x.contiguous()

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.tiles import narrow, where_if
-from llm_mlp.ops.tune import Sizes, Table, aligned, plan
+from llm_mlp.ops.tiles import after_previous, narrow, where_if
+from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
 LAUNCH: Table = {
     "_inputs": {"BT": 32, "num_warps": 4},
@@ -267,9 +267,10 @@ def _inputs_step(
     x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, index_ptr, q_ptr, k_ptr, w_ptr, read_ptr, key_ptr,
     stride, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, UNITS: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros."""
+    after_previous(PDL)
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = b
     if INDEXED:
@@ -315,8 +316,9 @@ def _inputs_step(
 @triton.jit(do_not_specialize=["rows"])
 def _outputs(
     y_ptr, read_ptr, share_ptr, gate_ptr, out_ptr, rows, eps,
-    V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr,
+    V: tl.constexpr, BT: tl.constexpr, READ: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     begin = tl.program_id(0).to(tl.int64) * BT
     t = begin + tl.arange(0, BT)
     there = t < rows
@@ -366,9 +368,10 @@ def _outputs_back(
 @triton.jit
 def _gates_step(
     heads_ptr, rate_ptr, erase_ptr, decay_ptr, share_ptr, beta_ptr, heads_stride, erase_stride, H, E, erase_max,
-    BH: tl.constexpr, BE: tl.constexpr, DECAY: tl.constexpr, SHARE: tl.constexpr,
+    BH: tl.constexpr, BE: tl.constexpr, DECAY: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The heads' scalars of one token."""
+    after_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BH)
     if DECAY:
@@ -581,7 +584,7 @@ def _step(
     with way.compiling():
         _inputs_step[(B, triton.cdiv(C, R))](
             x, tails, conv, slope, write, gain, indices, *out, x.stride(0), G, C, out[2][0].numel(), eps,
-            R=R, **constants, INDEXED=indices is not None, **way.of(candidates())["_inputs_step"],
+            R=R, **constants, INDEXED=indices is not None, **overlap(x, B), **way.of(candidates())["_inputs_step"],
         )  # fmt: skip
     return out
 
@@ -624,7 +627,7 @@ def _gates(
         _gates_step[(B,)](
             heads, log_rate, erase, *out, heads.stride(0), erase.stride(0), H, E, erase_max,
             BH=triton.next_power_of_2(H), BE=triton.next_power_of_2(E), DECAY=decays > 0, SHARE=width > decays,
-            **way.of(candidates())["_gates_step"],
+            **overlap(heads, B), **way.of(candidates())["_gates_step"],
         )  # fmt: skip
     return out
 
@@ -663,7 +666,7 @@ def _outputs_forward(y: Tensor, read: Tensor | None, share: Tensor | None, gate:
     with way.compiling():
         _outputs[(triton.cdiv(rows, BT),)](
             y, read, share, gate, out, rows, eps, V=V, READ=read is not None, GATE=gate is not None,
-            **{**launch, "BT": BT},
+            **overlap(y, rows // 32), **{**launch, "BT": BT},
         )  # fmt: skip
     return out
 

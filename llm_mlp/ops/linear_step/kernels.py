@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.linear_step import ROWS, Product
-from llm_mlp.ops.tiles import narrow, product_onto
-from llm_mlp.ops.tune import Sizes, Table, plan
+from llm_mlp.ops.tiles import after_previous, narrow, product_onto
+from llm_mlp.ops.tune import Sizes, Table, overlap, plan
 
-NUMBERS = 2**13  # of a matrix that a program multiplies at a time: 64 registers of each of 128 threads
+NUMBERS = 2**12  # of a matrix that a program multiplies at a time, while as many are on their way
 FEW = 2048  # rows of a matrix that give every SM a few programs of 16 rows
 LAUNCH: Table = {"_linear": {"num_warps": 4, "num_stages": 3}}
 
@@ -26,25 +26,29 @@ LAUNCH: Table = {"_linear": {"num_warps": 4, "num_stages": 3}}
 def _rows(
     x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, tile, B, stride, N, K, eps,
     BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RELU2: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN rows of a matrix by all tokens."""
     n, b = tile * BN + tl.arange(0, BN), tl.arange(0, BB)
     known = n < N
     if BB == 1:
         sums, squares = tl.zeros((BN, BK), tl.float32), tl.zeros((BK,), tl.float32)
+        k = tl.arange(0, BK)
+        w_tile = w_ptr + (n[:, None] * K + k[None, :])
+        w = tl.load(w_tile, mask=known[:, None] & (k < K)[None, :], other=0.0)  # on its way while x is still made
+        after_previous(PDL)
         for a in range(0, K, BK):
             k = a + tl.arange(0, BK)
-            inside = k < K
-            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + (n[:, None] * K + k[None, :]), mask=known[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             sums += w.to(tl.float32) * x[None, :]
+            w = tl.load(w_tile + (a + BK), mask=known[:, None] & (k + BK < K)[None, :], other=0.0)
             if NORM:
                 squares += x * x
         y = tl.sum(sums, 1)[None, :]
         if NORM:
             y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     else:
+        after_previous(PDL)
         y, square = tl.zeros((BB, BN), tl.float32), tl.zeros((BB,), tl.float32)
         for a in range(0, K, BK):
             k = a + tl.arange(0, BK)
@@ -74,24 +78,25 @@ def _linear(
     B, stride, N0, N1, N2, K0, K1, K2, begin1, begin2, tiles0, tiles1, eps,
     BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
     BIAS2: tl.constexpr, RELU2: tl.constexpr, RESIDUAL: tl.constexpr, MATRICES: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < tiles0:
         _rows(
             x_ptr, w0_ptr, bias0_ptr, residual_ptr, out0_ptr, tile, B, stride, N0, K0, eps,
-            BB, BN, BK, NORM, BIAS0, RELU2, RESIDUAL, PRECISION,
+            BB, BN, BK, NORM, BIAS0, RELU2, RESIDUAL, PRECISION, PDL,
         )  # fmt: skip
     if MATRICES > 1:  # noqa: SIM102 (known when it is compiled)
         if (tile >= tiles0) & (tile < tiles0 + tiles1):
             _rows(
                 x_ptr + begin1, w1_ptr, bias1_ptr, residual_ptr, out1_ptr, tile - tiles0, B, stride, N1, K1, eps,
-                BB, BN, BK, NORM, BIAS1, RELU2, False, PRECISION,
+                BB, BN, BK, NORM, BIAS1, RELU2, False, PRECISION, PDL,
             )  # fmt: skip
     if MATRICES > 2:  # noqa: SIM102
         if tile >= tiles0 + tiles1:
             _rows(
                 x_ptr + begin2, w2_ptr, bias2_ptr, residual_ptr, out2_ptr, tile - tiles0 - tiles1, B, stride, N2, K2,
-                eps, BB, BN, BK, NORM, BIAS2, RELU2, False, PRECISION,
+                eps, BB, BN, BK, NORM, BIAS2, RELU2, False, PRECISION, PDL,
             )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def _linear_step(
             grid[0], grid[1], eps or 0.0, NORM=eps is not None, RELU2=relu2, RESIDUAL=residual is not None,
             MATRICES=count, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             **{f"BIAS{n}": b is not None for n, b in enumerate(three(biases))}, **tile,
-            **way.of(candidates())["_linear"],
+            **overlap(x, B), **way.of(candidates())["_linear"],
         )  # fmt: skip
     return out
 

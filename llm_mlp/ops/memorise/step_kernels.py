@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.memorise.units import Units
-from llm_mlp.ops.tiles import narrow
-from llm_mlp.ops.tune import Sizes, Table, aligned, plan
+from llm_mlp.ops.tiles import after_previous, narrow
+from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
 LAUNCH: Table = {
     "_step": {"BK": 32, "num_warps": 4},
@@ -30,8 +30,9 @@ def _step(
     q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, y_ptr,
     full_ptr, G, width, scale,
     R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
-    BM: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr,
+    BM: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = b
     if INDEXED:
@@ -95,9 +96,10 @@ def _step(
 def _close(
     key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, full_ptr, G, width,
     R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One more token in each sequence; where it has filled its block (`_step` says so), the slots are chosen."""
+    after_previous(PDL)
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = b
     if INDEXED:
@@ -175,7 +177,7 @@ def _memorise_step(
     way = plan("memorise_step", sizes_of(R, width, block, slots, activation, q.dtype, keys.dtype))
     launch, M = way.of(candidates()), score[0, 0].numel()
     form = {"R": R, "BW": max(16, triton.next_power_of_2(width)), "BLOCK": block, "SLOTS": slots}
-    form["INDEXED"] = indices is not None
+    form |= {"INDEXED": indices is not None, **overlap(q, B)}
     with way.compiling():
         _step[(B, G)](
             q, k, w, score, sink, keys, values, scores, length, indices, y, full, G, width, R**-0.5, **form,

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.perceive.kernels import _columns, _head_sums, _scaled, _Sizes
-from llm_mlp.ops.tiles import narrow, where_if
-from llm_mlp.ops.tune import Sizes, Table, aligned, plan
+from llm_mlp.ops.tiles import after_previous, narrow, where_if
+from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
 LAUNCH: Table = {"_step": {"columns": 64, "num_warps": 4}}
 FEW = 264  # programs that leave a GPU half empty: then states are cut into single heads
@@ -23,8 +23,9 @@ def _step(
     q_ptr, k_ptr, e_ptr, w_ptr, decay_ptr, state_ptr, index_ptr, y_ptr, residual_ptr,
     G, m: tl.constexpr, V: tl.constexpr,
     F: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, SCALAR: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_previous(PDL)
     b, part, g = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS, tl.program_id(1)
     row = b
     if INDEXED:
@@ -86,7 +87,7 @@ def perceive_step(
     with way.compiling():
         _step[(B * tile.parts, G)](
             q, k, e, w, log_decay, states, indices, y, residual, G, F=F, **tile.constants(m, V), SCALAR=scalar,
-            INDEXED=indices is not None, **launch,
+            INDEXED=indices is not None, **overlap(q, B), **launch,
         )  # fmt: skip
     return y, residual
 
