@@ -58,8 +58,10 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
+        elif name == "order_ptr":
+            kinds[name] = "*i64"
         elif name in INTEGERS:
-            wide = name == "start_ptr" and "slot_ptr" in kernel.arg_names
+            wide = name == "start_ptr" and ("slot_ptr" in kernel.arg_names or "top_ptr" in kernel.arg_names)
             kinds[name] = "*i64" if wide else "*i32"
         elif name in ("e_ptr", "de_ptr") and constants.get("SCALAR"):
             kinds[name] = "*fp32"
@@ -126,6 +128,7 @@ def main() -> None:
     launch = perceive.candidates(args.features)[0]
     tile = perceive.tiles(args.features, args.heads, args.value_width, dtype, launch)
     more = {"PRECISION": precision, "FLOOR": perceive.RESET, "SCALAR": args.erase == "scalar"}
+    chain = {"J": 64, "JB": 256, "DENSE": False, "ORDER": True, "BLOCKS": True}
     rows = {"R": args.features, "BW": args.heads * args.value_width, "CARRIED": False}
     for warps in map(int, args.warps.split(",")):
         for kernel, constants in (
@@ -153,8 +156,9 @@ def main() -> None:
             (memorise._read, {"WIDE": False}),
             (memorise._read_back, {}),
             (memorise._rows_back, {}),
-            (memorise._rank, {"J": 256, "STEP": 32}),
-            (memorise._chain, {"J": 64, "FROM": True, "BEFORE": True, "LAST": True}),
+            (memorise._rank, {"J": 256, "STEP": 32, "DENSE": True}),
+            (memorise._chain, {**chain, "FROM": 2, "BEFORE": 2, "LAST": 2}),
+            (memorise._copy, {"BX": rows["BW"], "BN": 16, "CARRIED": True}),
         ):
             if kernel.fn.__name__ in memorise.LAUNCH:
                 constants |= {**rows, **_tiles(kernel), "SOFTMAX": False, "PRECISION": precision}

@@ -284,40 +284,44 @@ def test_memorise_over_seeds(case, activation, dtype, poisoned):
     earn_memorise(case, activation, dtype, seeds=32)
 
 
-# B, T, cu_seqlens, block, slots, blocks taken in one by one
+# B, T, cu_seqlens, block, slots, tokens read before, blocks taken in one by one
 CHOICES = {
-    "one chain": (3, 100, None, 16, 8, 24),
-    "spans": (1, 300, None, 16, 16, 4),
-    "spans of many": (2, 150, None, 16, 5, 3),
-    "packed, in spans": (1, 400, [0, 3, 3, 250, 251, 400], 16, 8, 4),
-    "more slots than rows": (1, 60, None, 8, 20, 24),
+    "one chain": (3, 100, None, 16, 8, 0, 24),
+    "spans": (1, 300, None, 16, 16, 32, 4),
+    "spans of many": (2, 150, None, 16, 5, 41, 3),
+    "spans, packed": (1, 400, [0, 3, 3, 250, 251, 400], 16, 8, 0, 4),
+    "spans, packed, carried": (1, 400, [0, 3, 3, 250, 251, 400], 16, 8, 21, 4),
+    "more slots than rows": (1, 60, None, 8, 20, 0, 24),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_the_same_slots(case, monkeypatch, poisoned):
-    """Scores with many ties and rows that are never kept, and slots carried in: places and scores, to the bit."""
-    from llm_mlp.ops.layout import pieces
-    from llm_mlp.ops.memorise import chunked, kernels
+    """Scores with many ties and rows that are never kept: the units that are left, to the bit, and what is read."""
+    from llm_mlp.ops.memorise import kernels
 
-    B, T, bounds, block, slots, chain = CHOICES[case]
+    B, T, cu, block, slots, before, chain = CHOICES[case]
     monkeypatch.setattr(kernels, "CHAIN", chain)
-    N, G = B if bounds is None else len(bounds) - 1, 2
     make = torch.Generator().manual_seed(3)
-    layout = pieces(block, B, T, bounds, torch.device("cpu"))
-    scores = torch.randint(0, 6, (layout.count, G, block), generator=make).float()
-    scores[scores == 0] = -torch.inf
-    carried = torch.randint(2, 7, (N, G, slots), generator=make).float().sort(-1, descending=True)[0]
-    carried[:, :, slots // 2 :] = -torch.inf
-    full = (torch.tensor([T] * B) if bounds is None else torch.tensor(bounds).diff()) // block
-    order = torch.arange(N) if layout.order is None else layout.order
-    on = [x.to(DEVICE) for x in (scores, carried, order, full[order])]
-    a = chunked._choose_slots(*on[:2], layout, *on[2:])
-    b = kernels._choose_slots(*on[:2], layout, *on[2:])
-    for place, other, top, other_top in zip(a[:2], b[:2], a[2], b[2], strict=True):
-        assert torch.equal(top, other_top)
-        held = top > -torch.inf
-        assert held.any() and torch.equal(place[held], other[held])
+    bounds = None if cu is None else torch.tensor(cu)
+    size = {"block": block, "slots": slots}
+
+    def inputs(B: int, T: int) -> list[torch.Tensor]:
+        q, k, w, score, sink = memorise_inputs(B, T, 2, 16, 1, 16, seed=B + T, dtype=torch.float32)
+        score = torch.randint(0, 6, score.shape, generator=make).float()
+        return [x.to(DEVICE) for x in (q, k, w, torch.where(score == 0, -torch.inf, score), sink.float())]
+
+    units = None
+    if before:
+        units = memorise(*inputs(B if cu is None else len(cu) - 1, before), backend="chunked", **size)[1]
+    given = inputs(B, T)
+    (y, after), (y2, after2) = (
+        memorise(*given, units, cu_seqlens=bounds, backend=backend, **size) for backend in ("triton", "chunked")
+    )
+    for name, a, b in zip(after._fields, after, after2, strict=True):
+        assert torch.equal(a, b), name
+    assert (after.scores[:, :, :slots] > -torch.inf).any()
+    torch.testing.assert_close(y, y2, rtol=1e-4, atol=1e-5)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

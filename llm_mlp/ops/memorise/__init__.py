@@ -70,8 +70,7 @@ def memorise(
     if activation not in ACTIVATIONS:
         raise ValueError(f"memorise: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     check_values("memorise", q=q, k=k, w=w, sink=sink, score=score)
-    before = _carried(units, k, w, bounds, block, slots)
-    score = score.detach().to(before.scores.dtype)
+    score = score.detach().to(accumulation_dtype(k, w))
     kind = choose(
         "memorise",
         backend,
@@ -80,12 +79,14 @@ def memorise(
         lambda: _untrusted(R, m, V, activation, q),
     )
     with torch.autocast(q.device.type, enabled=False):
-        if kind == "reference":
-            return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
         if kind == "triton":
             from llm_mlp.ops.memorise import kernels  # triton is optional
 
-            return kernels.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, empty=units is None)
+            own = None if units is None else _carried(units, k, w, bounds, block, slots)
+            return kernels.memorise(q, k, w, score, sink, own, block, slots, activation, bounds)
+        before = _carried(units, k, w, bounds, block, slots)
+        if kind == "reference":
+            return reference.memorise(q, k, w, score, sink, before, block, slots, activation, bounds)
         return chunked.memorise(q, k, w, score, sink, before, block, slots, activation, bounds, empty=units is None)
 
 

@@ -7,7 +7,6 @@ once: queries [block] against keys [slots + block], taken from one pool of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ from llm_mlp.ops.memorise.units import Units, ranked, take_rows
 
 # Scores of a batch of blocks are [.., block, slots + block]; more than this many numbers are read in several goes.
 _READ_NUMBERS = 2**28
-# (scores, carried, layout, order, full) -> (seen, last, their scores), as `_choose_slots`
-ChooseSlots = Callable[[Tensor, Tensor, Pieces, Tensor, Tensor], tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]
 
 
 class Pool(NamedTuple):
@@ -31,16 +28,15 @@ class Pool(NamedTuple):
     carried: Tensor | None  # [N*slots, G, X]; None: no slot is carried
     base: int  # N*slots, the first place of the first block
     block: int
-    gather: Callable[[Tensor, Tensor, Tensor], Tensor] = take_rows
 
     def take(self, place: Tensor, used: Tensor) -> Tensor:
         """The rows at ``place [..., G, S]`` -> ``[..., G, S, X]``, zero where not ``used``."""
         row = self.rows_at(place)
         if self.carried is None:
-            return self.gather(self.rows, row, used)
+            return take_rows(self.rows, row, used)
         kept = used & (place < self.base)
-        carried = self.gather(self.carried, place.clamp(max=self.base - 1), kept)
-        return carried + self.gather(self.rows, row, used & ~kept)  # one of them is zero
+        carried = take_rows(self.carried, place.clamp(max=self.base - 1), kept)
+        return carried + take_rows(self.rows, row, used & ~kept)  # one of them is zero
 
     def rows_at(self, place: Tensor) -> Tensor:
         """The row of ``rows`` for each place that is not a carried slot."""
@@ -70,17 +66,15 @@ class Chosen(NamedTuple):
         )
 
 
-def choose(
+def _choose(
     score: Tensor,
     units: Units,
     block: int,
     slots: int,
     bounds: list[int] | None,
     fresh: bool,
-    choose_slots: ChooseSlots | None = None,
 ) -> Chosen:
-    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block;
-    ``choose_slots``: in place of `_choose_slots`."""
+    """Which rows every block reads, and which are left; ``fresh``: no sequence carries an open block."""
     B, T, G = score.shape
     N = units.length.shape[0]
     device = score.device
@@ -103,7 +97,7 @@ def choose(
     else:
         order, turn = layout.order, layout.rank
         carried, ordered = carried[order], full[order]
-    seen, last, tops = (choose_slots or _choose_slots)(scores, carried, layout, order, ordered)
+    seen, last, tops = _choose_slots(scores, carried, layout, order, ordered)
     top = tops[1][turn]
 
     # What is left: the last slots, and the rows of the first incomplete block as far as they are real.
@@ -185,35 +179,18 @@ def is_fresh(units: Units, block: int) -> bool:
     return not units.length.is_cuda and not bool((units.length % max(block, 1)).any())
 
 
-def pools(
-    k: Tensor,
-    w: Tensor,
-    units: Units,
-    rows: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
-    block: int,
-    slots: int,
-    empty: bool,
-    gather: Callable[[Tensor, Tensor, Tensor], Tensor] = take_rows,
+def _pools(
+    k: Tensor, w: Tensor, units: Units, layout: Pieces, block: int, slots: int, fresh: bool, empty: bool
 ) -> tuple[Pool, Pool]:
-    """Keys and values; ``rows(tokens, carried)`` lays them out, ``empty``: no slot is carried."""
+    """Keys and values, laid out in blocks; ``empty``: no slot is carried."""
+    start = torch.arange(layout.count, device=k.device) * block
 
     def pool(x: Tensor, carried: Tensor) -> Pool:
         held = None if empty or not slots else carried[:, :, :slots].transpose(1, 2).flatten(0, 1)
-        return Pool(rows(x, carried), start, held, carried.shape[0] * slots, block, gather)
+        rows = layout.split(x, lead_rows(carried, slots, fresh)).flatten(0, 1)
+        return Pool(rows, start, held, carried.shape[0] * slots, block)
 
     return pool(k, units.keys), pool(w.flatten(3), units.values.flatten(3))
-
-
-def _laid_out(
-    k: Tensor, w: Tensor, units: Units, layout: Pieces, block: int, slots: int, fresh: bool, empty: bool
-) -> tuple[Pool, Pool]:
-    """The pools of rows laid out in blocks."""
-
-    def rows(x: Tensor, carried: Tensor) -> Tensor:
-        return layout.split(x, lead_rows(carried, slots, fresh)).flatten(0, 1)
-
-    return pools(k, w, units, rows, torch.arange(layout.count, device=k.device) * block, block, slots, empty)
 
 
 def units_select(
@@ -223,8 +200,8 @@ def units_select(
     if block == 0 or k.numel() == 0:
         return only_length(units, k.shape[1], bounds)
     fresh = is_fresh(units, block)
-    chosen = choose(score, units, block, slots, bounds, fresh)
-    keys, values = _laid_out(k, w, units, chosen.layout, block, slots, fresh, False)
+    chosen = _choose(score, units, block, slots, bounds, fresh)
+    keys, values = _pools(k, w, units, chosen.layout, block, slots, fresh, False)
     return chosen.units(keys, values, w.shape[-2:])
 
 
@@ -245,8 +222,8 @@ def memorise(
     if block == 0 or q.numel() == 0:
         return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
     fresh = empty or is_fresh(units, block)
-    chosen = choose(score, units, block, slots, bounds, fresh)
-    keys, values = _laid_out(k, w, units, chosen.layout, block, slots, fresh, empty)
+    chosen = _choose(score, units, block, slots, bounds, fresh)
+    keys, values = _pools(k, w, units, chosen.layout, block, slots, fresh, empty)
     q = chosen.layout.split(q).transpose(1, 2)  # [b, G, block, R]
     sink = sink.to(accumulation_dtype(q, k, w)).view(1, -1, 1, 1)
     b, G = q.shape[:2]

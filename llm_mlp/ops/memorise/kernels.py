@@ -19,17 +19,17 @@ perceive/kernels.py).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.layout import Pieces
-from llm_mlp.ops.memorise.chunked import choose, is_fresh, lead_rows, only_length, pools
-from llm_mlp.ops.memorise.units import Units
-from llm_mlp.ops.tiles import exponential, narrow, product, product_onto
+from llm_mlp.ops.layout import Pieces, pieces
+from llm_mlp.ops.memorise.chunked import is_fresh, lead_rows, only_length
+from llm_mlp.ops.memorise.units import Units, units_init
+from llm_mlp.ops.tiles import exponential, narrow, product, product_onto, where_if
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
 
 # How each kernel is launched, and its tiles of queries and rows; benchmarks/tune_kernels.py checks and times others.
@@ -294,20 +294,33 @@ def _collect(
         tl.store(to_w, narrow(dw, dw_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _rank(score_ptr, place_ptr, best_ptr, size, slots, J: tl.constexpr, STEP: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["G", "N", "tokens", "slots"])
+def _rank(
+    score_ptr, start_ptr, length_ptr, top_ptr, place_ptr, G, N, tokens, slots, block,
+    J: tl.constexpr, STEP: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """DENSE: blocks of N sequences of as many tokens; where they begin and how long they are is computed here."""
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if DENSE:
+        before = b // N * block
+        start, length = b % N * tokens + before, tl.minimum(tokens - before, block).to(tl.int32)
+        if g == 0:
+            tl.store(start_ptr + b, start)
+            tl.store(length_ptr + b, length)
+    else:
+        start, length = tl.load(start_ptr + b).to(tl.int64), tl.load(length_ptr + b)
+    scores = score_ptr + start * G + g
     j = tl.arange(0, J)
-    score = tl.load(score_ptr + row * size + j, mask=j < size, other=-float("inf"))
+    score = tl.load(scores + j * G, mask=j < length, other=-float("inf"))
     rank = tl.zeros((J,), tl.int32)
-    for a in range(0, size, STEP):
+    for a in range(0, J, STEP):
         i = a + tl.arange(0, STEP)
-        other = tl.load(score_ptr + row * size + i, mask=i < size, other=-float("inf"))
+        other = tl.load(scores + i * G, mask=i < length, other=-float("inf"))
         ahead = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (i[None, :] < j[:, None]))
         rank += tl.sum(ahead.to(tl.int32), 1)
-    kept = (j < size) & (rank < slots)
-    tl.store(place_ptr + row * slots + rank, j, mask=kept)
-    tl.store(best_ptr + row * slots + rank, score, mask=kept)
+    at = (b * G + g) * slots + rank
+    tl.store(top_ptr + at, score, mask=rank < slots)
+    tl.store(place_ptr + at, (start + j).to(tl.int32), mask=rank < slots)
 
 
 @triton.jit
@@ -317,53 +330,115 @@ def _merge(top, place, new_top, new_place, J: tl.constexpr):
     j = tl.arange(0, J)
     old = (j + tl.sum((new_top[None, :] > top[:, None]).to(tl.int32), 1))[None, :] == j[:, None]
     new = (j + tl.sum((top[None, :] >= new_top[:, None]).to(tl.int32), 1))[None, :] == j[:, None]
-    nothing = -float("inf")
+    nothing, nowhere = -float("inf"), -(2**31)
     tops = tl.maximum(tl.where(old, top[None, :], nothing), tl.where(new, new_top[None, :], nothing))
-    places = tl.maximum(tl.where(old, place[None, :], 0), tl.where(new, new_place[None, :], 0))
+    places = tl.maximum(tl.where(old, place[None, :], nowhere), tl.where(new, new_place[None, :], nowhere))
     return tl.max(tops, 1), tl.max(places, 1)
 
 
-@triton.jit(do_not_specialize=["N", "G", "slots", "rounds", "span", "base", "block"])
+@triton.jit(do_not_specialize=["N", "G", "slots", "rounds", "span", "block"])
 def _chain(
-    top_ptr, place_ptr, from_top_ptr, from_place_ptr, start_ptr, full_ptr,
-    before_top_ptr, before_place_ptr, last_top_ptr, last_place_ptr, N, G, slots, rounds, span, base, block,
-    J: tl.constexpr, FROM: tl.constexpr, BEFORE: tl.constexpr, LAST: tl.constexpr,
+    top_ptr, place_ptr, from_top_ptr, from_place_ptr, order_ptr, first_ptr, start_ptr, length_ptr, score_ptr,
+    before_top_ptr, before_place_ptr, last_top_ptr, last_place_ptr, N, G, slots, rounds, span, block,
+    J: tl.constexpr, JB: tl.constexpr, DENSE: tl.constexpr, ORDER: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM: tl.constexpr, BEFORE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Lists are [.., G, slots]. List n of round r is the (start[r] + n)-th of ``top``, and its places count from
-    ``base + block * (start[r] + n)``; rounds from full[n] on are not taken in."""
+    """Lists of best rows (scores and places, [.., G, slots]) of the ``rounds`` of sequence n, taken in one by one.
+
+    DENSE: round r holds N lists, else those from first[r] on, of the longest sequences. BLOCKS: lists of blocks, of
+    which one that is not full is not taken in, but left as it is. FROM: what stands before the first: nothing (0), a
+    list for each span (1), the carried slots (2). BEFORE: what stands before each is kept as lists (1), as slots to
+    read (2). LAST: what stands behind the last is kept as a list for each span (1), as the slots that are left (2).
+    """
     n, g, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    j = tl.arange(0, J)
+    j, i = tl.arange(0, J), tl.arange(0, JB)
     inside = j < slots
+    sequence = n
+    if ORDER:
+        sequence = tl.load(order_ptr + n).to(tl.int32)
+    left = (sequence * G + g).to(tl.int64) * (slots + block)
     own = ((s * N + n) * G + g).to(tl.int64) * slots + j
-    top, place = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.int32)
-    if FROM:
+    top, place = tl.full((J,), -float("inf"), tl.float32), tl.full((J,), -1, tl.int32)
+    if FROM == 1:
         top = tl.load(from_top_ptr + own, mask=inside, other=-float("inf"))
-        place = tl.load(from_place_ptr + own, mask=inside, other=0)
-    full = tl.load(full_ptr + n)
+        place = tl.load(from_place_ptr + own, mask=inside, other=-1)
+    if FROM == 2:
+        top = tl.load(from_top_ptr + left + j, mask=inside, other=-float("inf"))
+        place = -2 - (sequence * slots + j)
+    blocks = 0
     for r in range(s * span, tl.minimum(s * span + span, rounds)):
-        first = tl.load(start_ptr + r)
-        if n < tl.load(start_ptr + r + 1) - first:
+        first, active, follow = r * N, N, tl.where(r + 1 < rounds, N, 0)
+        if not DENSE:
+            first = tl.load(first_ptr + r)
+            behind = tl.load(first_ptr + r + 1)
+            active = behind - first
+            follow = tl.load(first_ptr + r + 2, mask=r + 1 < rounds, other=behind) - behind
+        if n < active:
+            blocks += 1
             at = ((first + n) * G + g).to(tl.int64) * slots + j
-            if BEFORE:
+            if BEFORE == 1:
                 tl.store(before_top_ptr + at, top, mask=inside)
                 tl.store(before_place_ptr + at, place, mask=inside)
-            if r < full:
+            if BEFORE == 2:
+                tl.store(before_place_ptr + at, tl.where(top > -float("inf"), place, -1), mask=inside)
+            full = True
+            if BLOCKS:
+                length = tl.load(length_ptr + first + n)
+                full = length == block
+                if BEFORE == 2:  # noqa: SIM102 (known when it is compiled)
+                    if n >= follow:  # the sequence's last block may be left open
+                        start = tl.load(start_ptr + first + n).to(tl.int64)
+                        open_ = where_if(i < length, length < block)
+                        score = tl.load(score_ptr + (start + i) * G + g, mask=open_, other=-float("inf"))
+                        tl.store(last_top_ptr + left + slots + i, score, mask=i < block)
+                        row = tl.where(open_, (start + i).to(tl.int32), -1)
+                        tl.store(last_place_ptr + left + slots + i, row, mask=i < block)
+            if full:
                 new_top = tl.load(top_ptr + at, mask=inside, other=-float("inf"))
-                new_place = tl.load(place_ptr + at, mask=inside, other=0) + base + block * (first + n)
+                new_place = tl.load(place_ptr + at, mask=inside, other=-1)
                 top, place = _merge(top, place, new_top, new_place, J)
-    if LAST:
+    if BEFORE == 2:  # noqa: SIM102
+        if (blocks == 0) & (s == 0):  # an empty sequence
+            tl.store(last_top_ptr + left + slots + i, tl.full((JB,), -float("inf"), tl.float32), mask=i < block)
+            tl.store(last_place_ptr + left + slots + i, tl.full((JB,), -1, tl.int32), mask=i < block)
+    if LAST == 1:
         tl.store(last_top_ptr + own, top, mask=inside)
         tl.store(last_place_ptr + own, place, mask=inside)
+    if LAST == 2:
+        tl.store(last_top_ptr + left + j, top, mask=inside)
+        tl.store(last_place_ptr + left + j, tl.where(top > -float("inf"), place, -1), mask=inside)
 
 
-@triton.jit
-def _copy(row_ptr, place_ptr, out_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "G", "S"])
+def _copy(
+    row_ptr, old_ptr, place_ptr, out_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr, CARRIED: tl.constexpr
+):  # fmt: skip
+    """Rows from their places, carried or not; zero without one."""
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BX)
-    place = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64)
-    row = place * G + (at // S) % G
-    x = tl.load(row_ptr + row[:, None] * width + c[None, :], mask=(place >= 0)[:, None] & (c < width)[None, :], other=0)
-    tl.store(out_ptr + at.to(tl.int64)[:, None] * width + c[None, :], x, mask=(at < n)[:, None] & (c < width)[None, :])
+    place, g = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64), (at // S) % G
+    known = (c < width)[None, :]
+    x = tl.load(row_ptr + (place * G + g)[:, None] * width + c[None, :], mask=(place >= 0)[:, None] & known, other=0.0)
+    if CARRIED:
+        old = (place < -1)[:, None]
+        carried = tl.load(old_ptr + ((-2 - place) * G + g)[:, None] * width + c[None, :], mask=old & known, other=0.0)
+        x = tl.where(old, carried, x)
+    tl.store(out_ptr + at.to(tl.int64)[:, None] * width + c[None, :], x, mask=(at < n)[:, None] & known)
+
+
+@triton.jit(do_not_specialize=["n", "G", "S"])
+def _copy_back(
+    d_ptr, place_ptr, row_ptr, old_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr, CARRIED: tl.constexpr
+):  # fmt: skip
+    """The inverse: a row has one place at most."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BX)
+    place, g = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64), (at // S) % G
+    known = (c < width)[None, :]
+    d = tl.load(d_ptr + at.to(tl.int64)[:, None] * width + c[None, :], mask=(at < n)[:, None] & known, other=0.0)
+    tl.store(row_ptr + (place * G + g)[:, None] * width + c[None, :], d, mask=(place >= 0)[:, None] & known)
+    if CARRIED:
+        tl.store(old_ptr + ((-2 - place) * G + g)[:, None] * width + c[None, :], d, mask=(place < -1)[:, None] & known)
 
 
 # -- host ----------------------------------------------------------------------------------------------------------
@@ -381,69 +456,74 @@ def sizes_of(R: int, width: int, activation: str, dtype: torch.dtype) -> Sizes:
 
 @torch.library.custom_op("llm_mlp::memorise_slots", mutates_args=())
 def _slots(
-    scores: Tensor, carried: Tensor, order: Tensor, start: Tensor, full: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The slots before each block and after the last full one: int32 places and scores ``[b, G, slots]``, places and
-    scores ``[N, G, slots]``.
+    score: Tensor, carried: Tensor | None, start: Tensor | None, length: Tensor | None, first: Tensor | None,
+    order: Tensor | None, N: int, block: int, slots: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Which rows every block reads, and which are left.
 
     Args:
-        scores: of the blocks' rows ``[b, G, block]``, float32. carried: of the carried slots ``[N, G, slots]``.
-        order: the sequences, longest first, ``[N]``. start: as `Pieces.bounds`. full: full blocks, ``[N]``.
+        score: ``[P, G]`` float32, by row. carried: scores of the carried units ``[N, G, slots + block]``.
+        start, length, first, order: of the layout (`_laid_out`); None: N sequences of P / N tokens.
+
+    Returns:
+        start ``[b]`` int64 and length ``[b]`` int32 of the blocks; the rows in their slots ``[b, G, slots]`` int32
+        (`EMPTY`; below it, carried ones); rows and scores of the units that are left, ``[N, G, slots + block]``.
     """
-    (b, G, block), (N, _, slots) = scores.shape, carried.shape
-    rounds = len(start) - 1
+    P, G = score.shape
+    dense = start is None or length is None or first is None
+    if start is None or length is None or first is None:
+        rounds = triton.cdiv(P // N, block)
+        start = score.new_empty(N * rounds, dtype=torch.int64)
+        length = score.new_empty(N * rounds, dtype=torch.int32)
+    else:
+        rounds = len(first) - 1
+        start, length = start.clone(), length.clone()  # an operator's results are new
+    b = len(start)
 
     def lists(*shape: int) -> tuple[Tensor, Tensor]:
-        return scores.new_empty((*shape, G, slots)), scores.new_empty((*shape, G, slots), dtype=torch.int32)
+        return score.new_empty(shape), score.new_empty(shape, dtype=torch.int32)
 
-    before, last = lists(b), lists(N)
-    if not slots:
-        return before[1], before[0], last[1], last[0]
-    best, pick = lists(b)
-    best.fill_(-torch.inf), pick.zero_()  # where a block has fewer rows than there are slots
-    J = triton.next_power_of_2(block)
-    _rank[(b * G,)](
-        scores.contiguous(), pick, best, block, slots, J=J, STEP=min(J, 32), num_warps=min(4, max(1, J // 64))
-    )
-    here = (order[:, None, None] * slots + torch.arange(slots, device=scores.device)).expand(N, G, slots)
-    old = carried.contiguous(), here.to(torch.int32).contiguous()
-    start, full = start.to(torch.int32), full.to(torch.int32)
-    J = max(16, triton.next_power_of_2(slots))
+    before, left = score.new_empty((b, G, slots), dtype=torch.int32), lists(N, G, slots + block)
+    best = lists(b, G, slots)
+    J, JB = max(16, triton.next_power_of_2(slots)), triton.next_power_of_2(block)
+    JR = max(J, JB)
+    _rank[(b, G)](
+        score, start, length, *best, G, N, P // N, slots, block, J=JR, STEP=min(JR, 32), DENSE=dense,
+        num_warps=min(4, max(1, JR // 64)),
+    )  # fmt: skip
 
-    def chain(new, old, start, full, before, last, rounds, span, base, block):
+    def chain(new, old, before, last, rounds, span, **form):
         _chain[(N, G, triton.cdiv(rounds, span))](
-            *new, *(old or new), start, full, *(before or new), *(last or new),
-            N, G, slots, rounds, span, base, block, J=J,
-            FROM=old is not None, BEFORE=before is not None, LAST=last is not None, num_warps=4,
+            *new, *old, order, first, start, length, score, *before, *last, N, G, slots, rounds, span, block,
+            J=J, JB=JB, ORDER=order is not None, **{"DENSE": dense, "BLOCKS": True, **form}, num_warps=4,
         )  # fmt: skip
 
-    # A chain of as many steps as there are blocks, or, of n: spans of l blocks, n / l spans, and l blocks again.
-    span = max(1, rounds) if rounds <= CHAIN else math.isqrt(rounds // 2)
-    if span >= rounds:
-        chain((best, pick), old, start, full, before, last, rounds, span, N * slots, block)
-        return before[1], before[0], last[1], last[0]
-    spans = triton.cdiv(rounds, span)
-    whole, ahead = lists(spans * N), lists(spans * N)
-    chain((best, pick), None, start, full, None, whole, rounds, span, N * slots, block)
-    each = torch.arange(spans + 1, device=scores.device, dtype=torch.int32) * N
-    chain(whole, old, each, torch.full_like(full, spans), ahead, last, spans, spans, 0, 0)
-    chain((best, pick), ahead, start, full, before, None, rounds, span, N * slots, block)
-    return before[1], before[0], last[1], last[0]
+    start_of, none = (0 if carried is None else 2), (None, None)
+    ahead, seen = (carried, None), (None, before)
+    if rounds > CHAIN:  # of n blocks: spans of l are taken in apart, then n / l spans, then l blocks again
+        span = math.isqrt(rounds // 2)
+        spans = triton.cdiv(rounds, span)
+        whole, between = lists(spans * N, G, slots), lists(spans * N, G, slots)
+        chain(best, none, none, whole, rounds, span, FROM=0, BEFORE=0, LAST=1)
+        chain(whole, ahead, between, left, spans, spans, FROM=start_of, BEFORE=1, LAST=2, DENSE=True, BLOCKS=False)
+        chain(best, between, seen, left, rounds, span, FROM=1, BEFORE=2, LAST=0)
+    else:
+        chain(best, ahead, seen, left, rounds, max(1, rounds), FROM=start_of, BEFORE=2, LAST=2)
+    return start, length, before, left[1], left[0]
 
 
 @_slots.register_fake
-def _(scores, carried, order, start, full):
-    (b, G, _), (N, _, slots) = scores.shape, carried.shape
-    made = (scores.new_empty((n, G, slots), dtype=kind) for n in (b, N) for kind in (torch.int32, scores.dtype))
-    return tuple(made)
-
-
-def _choose_slots(
-    scores: Tensor, carried: Tensor, layout: Pieces, order: Tensor, full: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """As `llm_mlp.ops.memorise.chunked._choose_slots`."""
-    place, top, last, last_top = _slots(scores, carried, order, layout.bounds(scores.device), full)
-    return place.long(), last.long(), (top, last_top)
+def _(score, carried, start, length, first, order, N, block, slots):
+    P, G = score.shape
+    b = N * -(-(P // N) // block) if start is None else start.shape[0]
+    whole = (N, G, slots + block)
+    return (
+        score.new_empty(b, dtype=torch.int64),
+        score.new_empty(b, dtype=torch.int32),
+        score.new_empty((b, G, slots), dtype=torch.int32),
+        score.new_empty(whole, dtype=torch.int32),
+        score.new_empty(whole),
+    )
 
 
 @torch.library.custom_op("llm_mlp::memorise_read", mutates_args=())
@@ -544,59 +624,61 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("llm_mlp::take_rows", mutates_args=())
-def _gather(rows: Tensor, row: Tensor, used: Tensor) -> Tensor:
-    """Rows ``[P, G, X]`` at ``row [b, G, S]`` -> ``[b, G, S, X]``, zero where not ``used``."""
-    out = rows.new_empty((*row.shape, rows.shape[-1]))
-    place = torch.where(used, row, EMPTY).to(torch.int32).contiguous()
-    if place.numel():
-        _copy[(triton.cdiv(place.numel(), 16),)](
-            rows, place, out, place.numel(), rows.shape[1], row.shape[-1], rows.shape[-1],
-            BX=triton.next_power_of_2(rows.shape[-1]), BN=16,
-        )  # fmt: skip
+def _take(rows: Tensor, old: Tensor, place: Tensor) -> Tensor:
+    """Rows of ``[P, G, X]`` or, below `EMPTY`, of the carried ``[C, G, X]`` at ``place [N, G, S]`` (int32) ->
+    ``[N, G, S, X]``, zero at `EMPTY`. No row has two places."""
+    out = rows.new_empty((*place.shape, rows.shape[-1]))
+    _copy[_tiles_of(place)](rows, old, place, out, **_copied(place, out, old))
     return out
 
 
-@_gather.register_fake
-def _(rows, row, used):
-    return rows.new_empty((*row.shape, rows.shape[-1]))
+def _tiles_of(place: Tensor) -> tuple[int]:
+    return (triton.cdiv(place.numel(), 16),)
+
+
+def _copied(place: Tensor, out: Tensor, old: Tensor) -> dict[str, Any]:
+    (_, G, S), width = place.shape, out.shape[-1]
+    sizes = {"n": place.numel(), "G": G, "S": S, "width": width}
+    return {**sizes, "BX": triton.next_power_of_2(width), "BN": 16, "CARRIED": len(old) > 0}
+
+
+@_take.register_fake
+def _(rows, old, place):
+    return rows.new_empty((*place.shape, rows.shape[-1]))
 
 
 @torch.library.custom_op("llm_mlp::take_rows_backward", mutates_args=())
-def _scatter(d: Tensor, row: Tensor, used: Tensor, P: int, dtype: torch.dtype) -> Tensor:
-    G = row.shape[1]
-    out = torch.zeros((P, G, d.shape[-1]), dtype=torch.float32, device=d.device)
-    group = torch.arange(G, device=d.device)[:, None].expand_as(row)
-    # Rows that are not used add zero; all of them at one place would be a long queue there.
-    row = torch.where(used, row, torch.arange(row.numel(), device=d.device).view_as(row) % P)
-    # index_put_ with accumulate sorts by place: deterministic, in order of position.
-    out.index_put_((row, group), torch.where(used[..., None], d, 0).float(), accumulate=True)
-    return out.to(dtype)
+def _put(d: Tensor, rows: Tensor, old: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    drows, dold = torch.zeros_like(rows), torch.zeros_like(old)
+    _copy_back[_tiles_of(place)](aligned(d), place, drows, dold, **_copied(place, d, old))
+    return drows, dold
 
 
-@_scatter.register_fake
-def _(d, row, used, P, dtype):
-    return d.new_empty((P, row.shape[1], d.shape[-1]), dtype=dtype)
+@_put.register_fake
+def _(d, rows, old, place):
+    return torch.empty_like(rows), torch.empty_like(old)
 
 
-def _save_rows(ctx, inputs, output) -> None:
-    rows, row, used = inputs
-    ctx.save_for_backward(row, used)
-    ctx.rows, ctx.dtype = rows.shape[0], rows.dtype
-
-
-_gather.register_autograd(
-    lambda ctx, d: (_scatter(d, *ctx.saved_tensors, ctx.rows, ctx.dtype), None, None), setup_context=_save_rows
+_take.register_autograd(
+    lambda ctx, d: (*_put(d, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
-def _blocks(layout: Pieces, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First token and tokens of each block, where no rows are carried in (int64 and int32)."""
-    if layout.gather is not None and layout.real is not None:
-        return layout.gather[:, 0].contiguous(), layout.real.sum(-1, dtype=torch.int32)
-    turn = torch.arange(len(layout.rounds), device=device)[:, None] * block
-    start = turn + torch.arange(layout.batch, device=device) * layout.tokens
-    length = (layout.tokens - turn).clamp(max=block).expand_as(start)
-    return start.flatten(), length.flatten().to(torch.int32).contiguous()
+class _Layout(NamedTuple):
+    """Where the blocks of packed or carried sequences lie, longest sequence first in each round."""
+
+    start: Tensor | None = None  # [b] int64, first row
+    length: Tensor | None = None  # [b] int32
+    first: Tensor | None = None  # [rounds + 1] int32, first block of each round
+    order: Tensor | None = None  # [N]
+
+
+def _laid_out(layout: Pieces, block: int, fresh: bool, device: torch.device) -> _Layout:
+    assert layout.gather is not None and layout.real is not None
+    start = layout.gather[:, 0].contiguous() if fresh else torch.arange(layout.count, device=device) * block
+    first = torch.tensor([*layout.starts, layout.count], dtype=torch.int32, device=device)
+    return _Layout(start, layout.real.sum(-1, dtype=torch.int32), first, layout.order)
 
 
 def memorise(
@@ -605,44 +687,55 @@ def memorise(
     w: Tensor,
     score: Tensor,
     sink: Tensor,
-    units: Units,
+    units: Units | None,
     block: int,
     slots: int,
     activation: str,
     bounds: list[int] | None,
-    empty: bool = False,
 ) -> tuple[Tensor, Units]:
-    """As `llm_mlp.ops.memorise` on checked inputs; ``empty``: ``units`` are those of `units_init`."""
+    """As `llm_mlp.ops.memorise` on checked inputs; ``units``: None for those of `units_init`."""
+    (B, T, G, R), (m, V), device = q.shape, w.shape[-2:], q.device
+    N = B if bounds is None else len(bounds) - 1
     if block == 0 or q.numel() == 0:
-        return torch.zeros_like(w), only_length(units, q.shape[1], bounds)
-    fresh = empty or is_fresh(units, block)
-    chosen = choose(score, units, block, slots, bounds, fresh, _choose_slots)
-    layout, heads = chosen.layout, w.shape[-2:]
-    if fresh:
-        start, length = _blocks(layout, block, q.device)
-    else:  # open blocks are carried in: lay them out with the tokens that follow
-        start = torch.arange(layout.count, device=q.device) * block
-        length = torch.full_like(start, block, dtype=torch.int32)
+        if units is None:
+            units = units_init(N, G, R, m, V, block=block, slots=slots, dtype=k.dtype, device=device)
+        return torch.zeros_like(w), only_length(units, T, bounds)
+    fresh = units is None or is_fresh(units, block)
+    layout = None  # of sequences that lie side by side and begin with a block it is known
+    if bounds is not None or not fresh:
+        lead = None if fresh or units is None else units.length % block
+        layout = pieces(block, B, T, bounds, device, lead)
 
     def rows(x: Tensor, carried: Tensor | None = None) -> Tensor:
-        if fresh:
+        if fresh or layout is None:
             return x.flatten(0, 1).contiguous()
+        # Open blocks are carried in: laid out with the tokens that follow.
         lead = None if carried is None else lead_rows(carried, slots, fresh)
         return layout.split(x, lead).flatten(0, 1).contiguous()
 
-    keys, values = pools(k, w, units, rows, start, block, slots, empty, _gather)
-    none = keys.rows.new_empty((0, *keys.rows.shape[1:])), values.rows.new_empty((0, *values.rows.shape[1:]))
-    old = none if keys.carried is None or values.carried is None else (keys.carried, values.carried)
-    slot = keys.rows_at(chosen.seen)
-    if keys.carried is not None:
-        slot = torch.where(chosen.seen < keys.base, EMPTY - 1 - chosen.seen, slot)
-    slot = torch.where(chosen.used, slot, EMPTY).to(torch.int32)
-    y, _ = _forward(
-        rows(q), keys.rows, values.rows, *(x.contiguous() for x in (*old, slot)), sink, start, length,
-        block, activation == "softmax",
-    )  # fmt: skip
-    if fresh:
-        y = y.unflatten(0, q.shape[:2])
+    def slots_of(carried: Tensor) -> Tensor:
+        return carried[:, :, :slots].transpose(1, 2).flatten(0, 1).contiguous()
+
+    flat = w.flatten(3)
+    if units is None:
+        keys, values, scores = rows(k), rows(flat), rows(score)
+        old_k, old_w = keys.new_empty((0, G, R)), values.new_empty((0, G, m * V))
     else:
-        y = layout.join(y.unflatten(0, (layout.count, block)))
-    return y.unflatten(-1, heads), chosen.units(keys, values, heads)
+        carried = units.values.flatten(3)
+        keys, values, scores = rows(k, units.keys), rows(flat, carried), rows(score, units.scores)
+        old_k, old_w = slots_of(units.keys), slots_of(carried)
+    blocks = _Layout() if layout is None else _laid_out(layout, block, fresh, device)
+    start, length, slot, left, left_scores = _slots(
+        scores, None if units is None else units.scores.contiguous(), *blocks, N, block, slots
+    )
+    y, _ = _forward(
+        rows(q), keys, values, old_k, old_w, slot, sink, start, length, block, activation == "softmax"
+    )  # fmt: skip
+    y = y.unflatten(0, (B, T)) if fresh or layout is None else layout.join(y.unflatten(0, (layout.count, block)))
+    after = torch.full((N,), T, device=device) if bounds is None else torch.tensor(bounds, device=device).diff()
+    return y.unflatten(-1, (m, V)), Units(
+        _take(keys, old_k, left),
+        _take(values, old_w, left).unflatten(-1, (m, V)),
+        left_scores,
+        after if units is None else units.length + after,
+    )

@@ -117,7 +117,6 @@ _INSIDE: dict[str, Callable[..., int]] = {
     "llm_mlp.memorise_read_backward": lambda q, k, w, old_k, old_w, slot, *_: (
         slot.numel() * (4 * (q.shape[-1] + w.shape[-1]) + 4 * 8)
     ),
-    "llm_mlp.take_rows_backward": lambda d, row, used, P, dtype: 4 * P * row.shape[1] * d.shape[-1] + 2 * 4 * d.numel(),
 }
 
 
