@@ -193,8 +193,8 @@ def main() -> None:
         sizes = one.constants(args.heads, args.value_width)
         for kernel, constants in (
             (perceive_steps._step, {"F": args.features, **sizes, "SCALAR": True, "INDEXED": True}),
-            (memorise_steps._step, {**form, "BK": 32, "M": 4, "BM": 4, "SOFTMAX": False, "INDEXED": True}),
-            (memorise_steps._close, {**form, "J": 512, "BS": 16, "INDEXED": True}),
+            (memorise_steps._step, {**form, "BK": 32, "M": 4, "BM": 4, "SOFTMAX": False, "INDEXED": True, "PARTS": 16}),
+            (memorise_steps._close, {**form, "J": 512, "BS": 16, "INDEXED": True, "PARTS": 16}),
             (heads._gates_step, {"BH": 32, "BE": 8, "DECAY": True, "SHARE": True}),
             (linear_step._linear, {**linear_step.tiles(1, 4096, 1024), **matrices}),
             (linear_step._linear, {**linear_step.tiles(16, 4096, 1024), **matrices}),

@@ -77,7 +77,7 @@ def plan(op: str, sizes: Sizes) -> Plan:
     return _known.get((op, sizes), (None, ""))[0] or Plan()
 
 
-FEW = 16  # sequences whose steps leave most of a GPU idle: there waiting for the next kernel's start is what takes time
+FEW = 1  # sequences whose steps leave most of a GPU idle: there waiting for the next kernel's start is what takes time
 
 
 def overlap(like: Tensor, sequences: int) -> dict[str, bool]:
