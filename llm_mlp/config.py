@@ -395,6 +395,10 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="bf16 and fp16: mixed, by autocast; fp64: slow, to compare ways of training by"
     )
+    ffn_precision: Literal["same", "fp8"] = Field(
+        "same",
+        description="fp8: two of the three products of each FFN matrix in float8 (Hopper and later, precision bf16)",
+    )
     compile: bool = Field(False, description="torch.compile every block")
     cuda_graph: bool = Field(
         False,
@@ -441,6 +445,7 @@ class TrainConfig(Config):
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()
+        self._check_float8()
         if self.parallel.data == "fsdp" and self.precision == "fp16":
             raise ValueError("precision = fp16 has a loss scale that sharded gradients do not share; set bf16")
         limit = self.control.max_batch
@@ -461,6 +466,20 @@ class TrainConfig(Config):
                 "precision to bf16 or fp32"
             )
         return self
+
+    def _check_float8(self) -> None:
+        if self.ffn_precision == "same":
+            return
+        if self.precision != "bf16":
+            raise ValueError(f"ffn_precision = fp8 needs precision = bf16, in which its products end, not {self.precision}")
+        parts = {"model.d_model": self.model.d_model, "model.ffn.hidden": self.model.ffn.hidden // self.parallel.tensor}
+        for name, side in parts.items():
+            if side % 16:
+                shared = f" (a part of {side})" if self.parallel.tensor > 1 and name == "model.ffn.hidden" else ""
+                raise ValueError(
+                    f"ffn_precision = fp8 multiplies matrices whose sides are multiples of 16; {name} = "
+                    f"{side if not shared else self.model.ffn.hidden}{shared} is not one"
+                )
 
     def _check_pipeline(self) -> None:
         parallel, model = self.parallel, self.model
