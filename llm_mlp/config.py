@@ -263,6 +263,9 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    state: Literal["same", "8bit"] = Field(
+        "same", description="running means between steps: as the weights, or in 8 bits, a quarter of the memory"
+    )
     clip: float = Field(1.0, ge=0, description="gradient norm is clipped at this; 0: no clipping")
     clip_scale: Literal["fixed", "size"] = Field(
         "fixed", description="size: clip is meant for 100 M parameters and grows as the root of their number"
@@ -446,6 +449,15 @@ class TrainConfig(Config):
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()
         self._check_float8()
+        if self.optimizer.state == "8bit":
+            for refused, what in (
+                (tensor > 1, f"parallel.tensor = {tensor}, which cuts through blocks that share a scale"),
+                (self.control.rate_from_gradients, "control.rate_from_gradients, which reads the running means"),
+            ):
+                if refused:
+                    raise ValueError(
+                        f"optimizer.state = 8bit cannot be combined with {what}; set optimizer.state = same"
+                    )
         if self.parallel.data == "fsdp" and self.precision == "fp16":
             raise ValueError("precision = fp16 has a loss scale that sharded gradients do not share; set bf16")
         limit = self.control.max_batch
@@ -471,7 +483,9 @@ class TrainConfig(Config):
         if self.ffn_precision == "same":
             return
         if self.precision != "bf16":
-            raise ValueError(f"ffn_precision = fp8 needs precision = bf16, in which its products end, not {self.precision}")
+            raise ValueError(
+                f"ffn_precision = fp8 needs precision = bf16, in which its products end, not {self.precision}"
+            )
         parts = {"model.d_model": self.model.d_model, "model.ffn.hidden": self.model.ffn.hidden // self.parallel.tensor}
         for name, side in parts.items():
             if side % 16:
