@@ -263,12 +263,15 @@ class OptimizerConfig(Config):
     embedding_rate: float = Field(
         1.0,
         gt=0,
-        description="rate of the embedding (AdamW's, its numbers start at a deviation of 1), as a factor of lr",
+        description="rate of the embedding (a tied head's too), as a factor of lr",
     )
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    state: Literal["same", "8bit"] = Field(
+        "same", description="running means between steps: as the weights, or in 8 bits, a quarter of the memory"
+    )
     clip: float = Field(1.0, ge=0, description="gradient norm is clipped at this; 0: no clipping")
     clip_scale: Literal["fixed", "size"] = Field(
         "fixed", description="size: clip is meant for 100 M parameters and grows as the root of their number"
@@ -401,6 +404,10 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="bf16 and fp16: mixed, by autocast; fp64: slow, to compare ways of training by"
     )
+    ffn_precision: Literal["same", "fp8"] = Field(
+        "same",
+        description="fp8: two of the three products of each FFN matrix in float8 (Hopper and later, precision bf16)",
+    )
     compile: bool = Field(False, description="torch.compile every block")
     cuda_graph: bool = Field(
         False,
@@ -447,6 +454,16 @@ class TrainConfig(Config):
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()
+        self._check_float8()
+        if self.optimizer.state == "8bit":
+            for refused, what in (
+                (tensor > 1, f"parallel.tensor = {tensor}, which cuts through blocks that share a scale"),
+                (self.control.rate_from_gradients, "control.rate_from_gradients, which reads the running means"),
+            ):
+                if refused:
+                    raise ValueError(
+                        f"optimizer.state = 8bit cannot be combined with {what}; set optimizer.state = same"
+                    )
         if self.parallel.data == "fsdp" and self.precision == "fp16":
             raise ValueError("precision = fp16 has a loss scale that sharded gradients do not share; set bf16")
         limit = self.control.max_batch
@@ -467,6 +484,22 @@ class TrainConfig(Config):
                 "precision to bf16 or fp32"
             )
         return self
+
+    def _check_float8(self) -> None:
+        if self.ffn_precision == "same":
+            return
+        if self.precision != "bf16":
+            raise ValueError(
+                f"ffn_precision = fp8 needs precision = bf16, in which its products end, not {self.precision}"
+            )
+        parts = {"model.d_model": self.model.d_model, "model.ffn.hidden": self.model.ffn.hidden // self.parallel.tensor}
+        for name, side in parts.items():
+            if side % 16:
+                shared = f" (a part of {side})" if self.parallel.tensor > 1 and name == "model.ffn.hidden" else ""
+                raise ValueError(
+                    f"ffn_precision = fp8 multiplies matrices whose sides are multiples of 16; {name} = "
+                    f"{side if not shared else self.model.ffn.hidden}{shared} is not one"
+                )
 
     def _check_pipeline(self) -> None:
         parallel, model = self.parallel, self.model

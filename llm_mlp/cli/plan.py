@@ -25,6 +25,7 @@ def plan(
     layout: Annotated[str, typer.Option(help="Fix some of fsdp, pp, cp, tp, zero, micro: pp=4,tp=8.")] = "",
     checkpointing: Annotated[str, typer.Option(help="auto, none or full.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
+    optimizer_state: Annotated[str, typer.Option(help="same or 8bit.")] = "same",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a run needs: a layout that fits, memory, exchanges, FLOPs, time, cost and energy, and where each is from."""
@@ -41,6 +42,7 @@ def plan(
         layout=layout,
         checkpointing=checkpointing,
         optimizer=optimizer,
+        optimizer_state=optimizer_state,
     )
     if as_json:
         typer.echo(json.dumps(found, indent=1))

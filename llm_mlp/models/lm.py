@@ -29,6 +29,7 @@ Checkpointing = Literal["none", "selective", "full"]
 _KEPT = {
     "aten.mm",
     "aten.addmm",
+    "aten._scaled_mm",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_efficient_attention",

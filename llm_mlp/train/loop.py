@@ -31,6 +31,7 @@ from llm_mlp.train import snapshot
 from llm_mlp.train.average import Averages
 from llm_mlp.train.console import Console, read_lines, read_metrics
 from llm_mlp.train.control import Action, BatchNoise, Guard, Metrics, Replay, make_controllers
+from llm_mlp.train.float8 import check_float8, use_float8
 from llm_mlp.train.gradients import Gradients, TrainingError
 from llm_mlp.train.heads import HeadStatistics
 from llm_mlp.train.meter import Meter
@@ -166,6 +167,8 @@ def _check(config: TrainConfig, world: World) -> None:
         )
     if parallel.pipeline > 1:
         check_parts(config, per)
+    if config.ffn_precision == "fp8":
+        check_float8(device)
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -229,6 +232,8 @@ class _Run:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         self.cuts = share_out(self.model, world)
+        if config.ffn_precision == "fp8":
+            use_float8(self.model)
         self.model.to(self.device)
         self.precision = Precision(config.precision, self.device)
         self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)

@@ -3,7 +3,7 @@
 Muon (Jordan 2024; scaled to AdamW's root mean square as in arXiv 2502.16982) orthogonalises a whole logical matrix,
 gathered where it is sharded. Fused weights are cut at their seams first (q, k, v and each gate are matrices of their
 own) and per-group weights [G, R, F] are G matrices. Embedding, head, vectors, convolutions and matrices with a side
-below 32 go to AdamW.
+below 32 go to AdamW. ``optimizer.state: 8bit`` keeps the means of both in 8 bits (`llm_mlp.train.eight_bit`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llm_mlp.config import OptimizerConfig
 from llm_mlp.models import LM
+from llm_mlp.train.eight_bit import AdamW8bit, Codes, block_of, local, sharded_as
 from llm_mlp.train.tensor import Cuts
 
 MUON_SIDE = 32  # smallest side of a matrix that Muon takes
@@ -55,14 +56,43 @@ class _Change(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """``rows`` of a parameter group: per parameter, the rows of the matrices stacked in it (empty: one matrix).
 
-    ``names``: per parameter, under which name ``cuts`` knows it.
+    ``names``: per parameter, under which name ``cuts`` knows it. ``eight_bit``: keep the momentum of parameters that
+    are large enough (`block_of`) in 8 bits.
     """
 
     def __init__(
-        self, groups: Iterable[dict], *, lr: float, momentum: float, weight_decay: float, cuts: Cuts | None = None
+        self,
+        groups: Iterable[dict],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        cuts: Cuts | None = None,
+        eight_bit: bool = False,
     ) -> None:
         super().__init__(list(groups), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.cuts = cuts or Cuts()
+        self.codes = Codes(signed=True, device=self.param_groups[0]["params"][0].device) if eight_bit else None
+
+    def fresh(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before its first step."""
+        if self.codes is not None and (block := block_of(p.shape)):
+            return self.codes.zeros("momentum", p, block)
+        return {"momentum": torch.zeros_like(p)}
+
+    def _momentum(self, p: Tensor, share: float) -> Tensor:
+        """The running mean of a parameter's gradients, of which the newest makes up ``share``; it is kept."""
+        assert p.grad is not None
+        if not self.state[p]:
+            self.state[p] = self.fresh(p)
+        state = self.state[p]
+        if "momentum" in state:
+            return state["momentum"].lerp_(p.grad, share)
+        assert self.codes is not None
+        own = local(p.grad)
+        mean = self.codes.read(state, "momentum", own.dtype).lerp_(own, share)
+        self.codes.write(state, "momentum", mean)
+        return sharded_as(mean, p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -72,11 +102,7 @@ class Muon(torch.optim.Optimizer):
             for p, rows, name in zip(group["params"], group["rows"], group["names"], strict=True):
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])
+                update = p.grad.lerp(self._momentum(p, 1 - group["momentum"]), group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 target: Tensor = p
                 full = self.cuts.whole(name, update)
@@ -118,6 +144,7 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
     """The optimizers of a model, of which ``cuts`` says what part this is; together they hold every parameter once
     (asserted)."""
     cuts = cuts or Cuts()
+    eight_bit = config.state == "8bit"
     fused = model.fused_rows()
     matrices: list[nn.Parameter] = []
     rows: list[tuple[int, ...]] = []
@@ -138,7 +165,7 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
             names.append(name if p.ndim == 2 else "")
         elif config.name == "adamw" and is_matrix:
             decayed.append(p)
-        elif name == "embedding.weight" and config.embedding_rate != 1:
+        elif name == "embedding.weight":
             embedding.append(p)
         else:
             plain.append(p)
@@ -151,15 +178,21 @@ def make_optimizers(model: LM, config: OptimizerConfig, cuts: Cuts | None = None
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
                 cuts=cuts,
+                eight_bit=eight_bit,
             )
         )
-    groups = [{"params": plain, "weight_decay": 0.0}]
-    if embedding:
-        groups.append({"params": embedding, "weight_decay": 0.0, "scale": config.embedding_rate})
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": config.weight_decay, "scale": config.matrix_rate})
-    fused_kernel = next(model.parameters()).is_cuda
-    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused_kernel))
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    settings["fused"] = next(model.parameters()).is_cuda
+    kinds = [(plain, 0.0, 1.0), (embedding, 0.0, config.embedding_rate)]
+    kinds.append((decayed, config.weight_decay, config.matrix_rate))
+    for kind, coded in ((torch.optim.AdamW, False), (AdamW8bit, True)):
+        groups = []
+        for parameters, weight_decay, scale in kinds:
+            own = [p for p in parameters if (eight_bit and block_of(p.shape) > 0) == coded]
+            if own:
+                groups.append({"params": own, "weight_decay": weight_decay, "scale": scale})
+        if groups:
+            optimizers.append(kind(groups, **settings))
     held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -172,7 +205,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, decay_factor
     """The rate, the weight decay as a factor of the configured one, and Muon's momentum, for the next step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
+            group["lr"] = rate * group["scale"]  # of this kind of parameters
             group["weight_decay"] = group["decay"] * decay_factor
             if "momentum" in group:
                 group["momentum"] = momentum
@@ -228,8 +261,8 @@ def empty_state(optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                if isinstance(optimizer, Muon):
-                    optimizer.state[p] = {"momentum": torch.zeros_like(p)}
+                if isinstance(optimizer, (Muon, AdamW8bit)):
+                    optimizer.state[p] = optimizer.fresh(p)
                 else:
                     on = p.device if optimizer.defaults.get("fused") else torch.device("cpu")
                     state = {"step": torch.zeros((), dtype=torch.float32, device=on)}
@@ -237,6 +270,7 @@ def empty_state(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 def momentum_tensors(model: LM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The running means of the gradients, by parameter; empty before the first step."""
+    """The running means of the gradients, by parameter; empty before the first step (and what is in 8 bits is not
+    among them)."""
     found = (full.rpartition("/") + (t,) for full, t in optimizer_tensors(model, optimizers).items())
     return {name: t for name, _, key, t in found if key in ("momentum", "exp_avg")}

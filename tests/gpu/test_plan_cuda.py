@@ -9,9 +9,10 @@ from llm_mlp.config import OptimizerConfig
 from llm_mlp.models import build_model
 from llm_mlp.ops.backend import noticed
 from llm_mlp.precision import Precision
-from llm_mlp.train.optim import Muon, make_optimizers
+from llm_mlp.train.optim import make_optimizers
 from llm_mlp.train.plan import GPUS, Job, Layout, scaled
 from llm_mlp.train.plan.layout import MODES
+from llm_mlp.train.plan.trace import step_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -79,19 +80,22 @@ def test_compiled_peak_is_reported(mode):
     assert real < 1.5 * plan.peak, said
 
 
-def test_muons_own_peak():
-    """What Muon's step makes, of a model too small for anything else to be the peak."""
+@pytest.mark.parametrize(("optimizer", "state"), [("muon", "same"), ("muon", "8bit"), ("adamw", "8bit")])
+def test_the_steps_own_peak(optimizer, state):
+    """What the optimizers' own code makes, of a model too small for anything else to be the peak."""
     config = scaled("30m", None)
     model = build_model(config, device="cuda")
-    muon = next(o for o in make_optimizers(model, OptimizerConfig()) if isinstance(o, Muon))
+    settings = OptimizerConfig(name=optimizer, state=state)
+    optimizers = [o for o in make_optimizers(model, settings) if not isinstance(o, torch.optim.AdamW)]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    muon.step()
+    for o in optimizers:
+        o.step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    muon.step()
+    for o in optimizers:
+        o.step()
     torch.cuda.synchronize()
-    from llm_mlp.train.plan.trace import muon_bytes
-
-    assert muon_bytes(config, True) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.10)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert step_bytes(config, optimizer, state, True) == pytest.approx(peak, rel=0.10)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import run
+from train_cases import LARGER, run
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
 from llm_mlp.config import ConfigError
@@ -55,6 +55,9 @@ def test_learns_and_leaves_a_complete_run(tmp_path):
         ["data.packing=streams", "micro_batch=2"],
         ["precision=bf16", "micro_batch=1"],
         ["precision=fp16"],
+        ["precision=bf16", "ffn_precision=fp8"],
+        ["optimizer.state=8bit", *LARGER],
+        ["optimizer={state: 8bit, name: adamw}", "precision=fp16", *LARGER],
     ],
     ids=lambda o: " ".join(o),
 )

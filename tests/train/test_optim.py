@@ -8,7 +8,7 @@ from model_cases import SMALL
 
 from llm_mlp.config import ModelConfig, OptimizerConfig, ScheduleConfig, build
 from llm_mlp.models import build_model
-from llm_mlp.train.optim import Muon, make_optimizers, newton_schulz, optimizer_tensors
+from llm_mlp.train.optim import Muon, make_optimizers, newton_schulz, optimizer_tensors, set_rates
 from llm_mlp.train.schedule import rate_factor, warmup_steps
 
 
@@ -77,6 +77,19 @@ def test_every_parameter_once_and_decay_on_matrices_only(name, extra):
         optimizer.step()
     state = optimizer_tensors(model, optimizers)
     assert {key.rpartition("/")[0] for key in state} == set(names.values())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_matrices_and_embedding_have_rates_of_their_own(name):
+    values = {**SMALL, "d_model": 64, "ffn": {"hidden": 96}}
+    model = build_model(build(ModelConfig, values))
+    config = OptimizerConfig(name=name, matrix_rate=0.5, embedding_rate=16)
+    optimizers = make_optimizers(model, config)
+    set_rates(optimizers, 0.01, 1.0, 0.95)
+    rates = {id(p): g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    expected = {"embedding.weight": 0.16, "blocks.0.ffn.up.weight": 0.005, "head.weight": 0.01}
+    named = dict(model.named_parameters())
+    assert {n: pytest.approx(rates[id(named[n])]) for n in expected} == expected
 
 
 # -- schedules -----------------------------------------------------------------------------------------------------

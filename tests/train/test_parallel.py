@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcomes, together
-from train_cases import records, run, tiny
+from train_cases import LARGER, records, run, tiny
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
 from llm_mlp.models import build_model
@@ -132,6 +132,29 @@ def test_processes_read_instruction_records(tmp_path, layout):
     start = started(tmp_path, common)
     run(tmp_path, *common, out="one", init_from=start)
     many(tmp_path, size, *common, *overrides, out="many", init_from=start)
+    assert_same(tmp_path, "one", "many", 1e-9)
+
+
+# -- optimizer state in 8 bits -------------------------------------------------------------------------------------
+
+CODED = ["ddp", "zero-3", "zero-1 in parts", "hybrid", "context and zero-3", "pipeline and zero-3", "pipeline"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", CODED)
+def test_state_in_8_bits_is_cut_between_blocks(tmp_path, layout, optimizer):
+    """Processes train as one, rows of an odd number among them; and any other layout goes on from their checkpoint."""
+    size, overrides = LAYOUTS[layout]
+    common = (*EXACT, *LARGER, f"optimizer.name={optimizer}", "optimizer.state=8bit", "steps=12")
+    common += tuple(o for o in overrides if not o.startswith(("parallel.", "micro_batch")))  # must stay
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start, stop_after=6)
+    if layout == "ddp":
+        other, more = LAYOUTS["zero-3"]
+        many(tmp_path, other, *common, *more, out="many", resume=True)
+    else:
+        run(tmp_path, *common, out="many", resume=True)
     assert_same(tmp_path, "one", "many", 1e-9)
 
 

@@ -24,7 +24,7 @@ from llm_mlp.train.optim import make_optimizers
 from llm_mlp.train.plan import GPUS, Job, PlanError, make_plan, scaled, trace
 from llm_mlp.train.plan.figures import ORIGINS, WORKSPACE, rate
 from llm_mlp.train.plan.layout import MODES, Layout
-from llm_mlp.train.plan.trace import block_trace, held_bytes, saved_bytes, weights_of
+from llm_mlp.train.plan.trace import block_trace, held_bytes, saved_bytes, step_bytes, weights_of
 
 DEMO = build(ModelConfig, {"preset": "demo", "n_layers": 2})
 HYBRID = build(
@@ -76,20 +76,23 @@ def test_scaled_counts_are_the_built_models(preset, parameters):
 # -- what a process holds ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("state", ["same", "8bit"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize(("shards", "zero"), [(1, 0), (8, 0), (3, 3), (8, 1), (1000, 2)])
-def test_held_bytes_are_those_of_the_formula(optimizer, shards, zero):
+def test_held_bytes_are_those_of_the_formula(optimizer, shards, zero, state):
     for config in (DEMO, HYBRID):
-        found = weights_of(config, optimizer)
+        found = weights_of(config, optimizer, state)
         cut = shards if zero else 1
         weights = 4 * sum(w.local(cut) for w in found)
-        assert held_bytes(config, optimizer, shards, zero) == (weights, weights, sum(w.state_bytes(cut) for w in found))
+        of_state = sum(w.state_bytes(cut) for w in found)
+        assert held_bytes(config, optimizer, shards, zero, state) == (weights, weights, of_state)
 
 
+@pytest.mark.parametrize("state", ["same", "8bit"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_held_bytes_are_those_of_a_training_step(optimizer):
+def test_held_bytes_are_those_of_a_training_step(optimizer, state):
     model = build_model(DEMO)
-    optimizers = make_optimizers(model, OptimizerConfig(name=optimizer))
+    optimizers = make_optimizers(model, OptimizerConfig(name=optimizer, state=state))
     tokens = torch.randint(DEMO.vocab_size, (1, 65))
     model(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
     for o in optimizers:
@@ -99,7 +102,20 @@ def test_held_bytes_are_those_of_a_training_step(optimizer):
         sum(p.grad.nbytes for p in model.parameters()),
         sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values()),
     )
-    assert held_bytes(DEMO, optimizer, 1, 0) == real
+    assert held_bytes(DEMO, optimizer, 1, 0, state) == real
+    if state == "8bit":  # of which small tensors are in full
+        assert real[2] < 0.28 * held_bytes(DEMO, optimizer, 1, 0)[2]
+
+
+def test_a_step_makes_what_8_bits_need():
+    """AdamW's own code a parameter at a time: its two means in full, and what makes codes of the second."""
+    largest = max(p.numel() for p in on_meta(DEMO).parameters())
+    assert 4 * 4 * largest <= step_bytes(DEMO, "adamw", "8bit", True) <= 5 * 4 * largest
+    assert step_bytes(DEMO, "adamw", "same", True) == 0
+    assert step_bytes(DEMO, "muon", "8bit", True) >= step_bytes(DEMO, "muon", "same", True) > 0
+    plans = [make_plan("900m", parameters=7e9, gpus=64, optimizer_state=state) for state in ("same", "8bit")]
+    same, coded = (plan["memory"]["optimizer"]["value"] for plan in plans)
+    assert coded < 0.3 * same
 
 
 def test_a_connected_process_makes_no_plan():
@@ -282,6 +298,8 @@ def test_a_trillion_parameters_on_1024_gpus():
         (["--preset", "30m", "--batch", "5000"], "the nearest is 4096"),
         (["--preset", "30m", "--tokens", "-1"], "--tokens -1: expected"),
         (["--preset", "30m", "--optimizer", "sgd"], "expected muon or adamw"),
+        (["--preset", "30m", "--optimizer-state", "4bit"], "--optimizer-state '4bit': expected same or 8bit"),
+        (["--preset", "30m", "--gpus", "2", "--layout", "tp=2", "--optimizer-state", "8bit"], "that share a scale"),
         (["--preset", "30m", "--checkpointing", "some"], "expected auto, none, selective, full"),
         (["--preset", "30m", "--layout", "pq=4"], "unknown name 'pq'; did you mean"),
         (["--preset", "30m", "--layout", "pp=x"], "pp needs a whole number"),

@@ -12,6 +12,8 @@ from llm_mlp.config import TrainConfig, apply_overrides, build
 from llm_mlp.train import TrainResult, train
 
 WORDS = ("the cat sat on a mat and saw how the sun went down over the old red barn by the sea").split()  # noqa: SIM905 (a sentence reads better)
+# Layers whose matrices are large enough for state in 8 bits, and for Muon.
+LARGER = ("model.d_model=64", "model.attention={heads: 4, head_dim: 16}", "model.ffn.hidden=96")
 ANSWERS = {"sea": "blue", "sun": "warm", "barn": "red", "mat": "flat"}
 
 

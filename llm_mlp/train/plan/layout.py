@@ -17,10 +17,12 @@ from llm_mlp.models.lm import Checkpointing
 from llm_mlp.train.optim import AT_ONCE, NEWTON_SCHULZ_STEPS
 from llm_mlp.train.plan.figures import COPY, GPU, H100_PEAK, LINK_SHARE, PRODUCT, USABLE, WORKSPACE, PlanError
 from llm_mlp.train.plan.figures import rate as measured_rate
-from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, muon_bytes, weights_of
+from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, step_bytes, weights_of
 from llm_mlp.train.tensor import part_config
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+# Bytes that a step moves for each number: what AdamW's fused kernel reads and writes; in 8 bits the passes around it.
+STEP_TRAFFIC = {("muon", "same"): 28, ("adamw", "same"): 28, ("muon", "8bit"): 80, ("adamw", "8bit"): 148}
 SELECTIVE_COST = 1.05  # assumed: what computing all but the costly products again takes
 
 
@@ -95,11 +97,16 @@ class Time:
 
 
 class Job:
-    """A run to be planned: ``batch`` sequences of ``length`` tokens a step on ``gpus`` devices."""
+    """A run to be planned: ``batch`` sequences of ``length`` tokens a step on ``gpus`` devices.
 
-    def __init__(self, config: ModelConfig, gpu: GPU, gpus: int, length: int, batch: int, optimizer: str) -> None:
+    ``optimizer``, ``state``: as `OptimizerConfig.name` and `OptimizerConfig.state`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, gpu: GPU, gpus: int, length: int, batch: int, optimizer: str, state: str = "same"
+    ) -> None:
         self.config, self.gpu, self.gpus, self.length, self.batch = config, gpu, gpus, length, batch
-        self.optimizer = optimizer
+        self.optimizer, self.state = optimizer, state
         self.on_gpu = gpu.name != "cpu"
         self.rate, self.rate_source = measured_rate(gpu, config, length)
         self.share = gpu.peak / H100_PEAK  # of the H100 that products and copies were measured on
@@ -131,6 +138,8 @@ class Job:
         c, attention = self.config, "attention" in self.config.mixers
         if tp > self.gpu.node:
             return f"tp = {tp} leaves the {self.gpu.node} GPUs of a node"
+        if tp > 1 and self.state == "8bit":
+            return f"tp = {tp} would cut through blocks of optimizer state that share a scale"
         if why := c.not_shared_by(tp):
             return f"tp = {tp} {why}"
         if pp > c.n_layers:
@@ -158,7 +167,7 @@ class Job:
             own = c.model_copy(update=change)
             # One layer of each kind is built, and counted as often as it is there.
             kinds = layers if c.routing.last_layers else min(layers, len(c.pattern))
-            built = weights_of(own.model_copy(update={"n_layers": kinds}), self.optimizer)
+            built = weights_of(own.model_copy(update={"n_layers": kinds}), self.optimizer, self.state)
             counts = [sum(1 for i in range(layers) if i % kinds == kind) for kind in range(kinds)]
             self._stages[key] = Stage(own, tuple((w, counts[w.layer] if w.layer >= 0 else 1) for w in built))
         return self._stages[key]
@@ -207,9 +216,11 @@ class Job:
             "the first layer's backward pass": (max(before, others), (flights - 1) * every + stream + saved[0], back),
         }
         moments = {name: (g, a, work + gathered) for name, (g, a, work) in moments.items()}
-        if self.optimizer == "muon":
-            work = muon_bytes(own, self.on_gpu)
-            if layout.zero:  # whole changes beside whole updates, until every process takes its shard
+        if self.optimizer == "muon" or self.state == "8bit":
+            work = step_bytes(own, self.optimizer, self.state, self.on_gpu)
+            if (
+                self.optimizer == "muon" and layout.zero
+            ):  # whole changes beside whole updates, until every process takes its shard
                 matrices = [(w, n) for w, n in stage.weights if w.matrices]
                 largest = max((w.numbers for w, _ in matrices), default=0)
                 work += 4 * min(sum(n * w.numbers for w, n in matrices), AT_ONCE + largest)
@@ -292,7 +303,8 @@ class Job:
         turns = parts + layout.pp - 1
         last = max(0.0, seconds("fsdp", once) - 2 / 3 * part)
         shard = stage.numbers(n if layout.zero else 1)
-        optimizer = self.optimizer_flops(layout) / (PRODUCT * self.share) + 28 * shard / (COPY * self.share)
+        optimizer = self.optimizer_flops(layout) / (PRODUCT * self.share)
+        optimizer += STEP_TRAFFIC[self.optimizer, self.state] * shard / (COPY * self.share)
         optimizer += seconds("fsdp", muon)
         step = turns * (part + shown) + last + optimizer
         sent = {"fsdp": parts * each + once + muon, "pp": parts * pipeline, "cp": parts * context, "tp": parts * tensor}
@@ -336,7 +348,8 @@ class Job:
         words = "; ".join(f"{layout} needs {size / 1e9:,.0f} GB" for layout, size in sizes)
         raise PlanError(
             f"--gpus {self.gpus}: no layout fits the {self.usable / 1e9:.0f} GB of a GPU that a run may use. Nearest: "
-            f"{words}. Take more --gpus, another --gpu, a shorter --seq, --checkpointing full or --optimizer adamw"
+            f"{words}. Take more --gpus, another --gpu, a shorter --seq, --checkpointing full, --optimizer adamw or "
+            "--optimizer-state 8bit"
         )
 
     def _least(self, layout: Layout) -> int:

@@ -45,6 +45,7 @@ def make_plan(
     layout: str = "",
     checkpointing: str = "auto",
     optimizer: str = "muon",
+    optimizer_state: str = "same",
 ) -> dict[str, Any]:
     """What training needs, in the fastest layout that fits.
 
@@ -53,7 +54,7 @@ def make_plan(
         length: tokens a sequence. tokens: of the run; None: 20 a parameter. batch: tokens a step, a multiple of
             ``length``; None: 2^19 for a model of 1e9 parameters, growing as their root, a power of two of sequences.
         layout: fixes some numbers, for example ``pp=4,tp=8``. checkpointing: ``auto | none | selective | full``.
-        optimizer: ``muon | adamw``.
+        optimizer: ``muon | adamw``. optimizer_state: ``same | 8bit``.
 
     Returns:
         ``model, layout, memory, link_bytes, flops, seconds, efficiency, bubble, cost, energy``: each a number
@@ -73,8 +74,10 @@ def make_plan(
         raise PlanError(f"--checkpointing {checkpointing!r}: expected {', '.join(modes)}")
     if optimizer not in ("muon", "adamw"):
         raise PlanError(f"--optimizer {optimizer!r}: expected muon or adamw")
+    if optimizer_state not in ("same", "8bit"):
+        raise PlanError(f"--optimizer-state {optimizer_state!r}: expected same or 8bit")
     sequences, batch_source = _batch(batch, length, Job(config, device, gpus, length, 1, optimizer).parameters)
-    job = Job(config, device, gpus, length, sequences, optimizer)
+    job = Job(config, device, gpus, length, sequences, optimizer, optimizer_state)
     if tokens is not None and not (math.isfinite(tokens) and tokens >= 1):
         raise PlanError(f"--tokens {tokens:g}: expected the tokens of the run, for example 1e9")
     total = tokens or TOKENS_PER_PARAMETER * job.parameters
@@ -94,6 +97,7 @@ def make_plan(
         "computed: storages followed on fake tensors of one layer of each kind, eager, "
         f"{'bf16, with the Triton kernels' if job.on_gpu else 'fp32, with the chunked torch path'}, times the layers"
     )
+    in_bits = ", in 8 bits" if optimizer_state == "8bit" else ""
     built = "computed: the model built on the meta device, sharded by fully_shard over a fake process group"
     fields: dict[str, Leaf] = {
         name: leaf(getattr(chosen, name), unit, f"computed: the fastest that fits{engine}")
@@ -126,7 +130,7 @@ def make_plan(
         "memory": {
             "weights": leaf(memory.weights, "bytes", built),
             "gradients": leaf(memory.gradients, "bytes", f"{built}; fp32 as the weights"),
-            "optimizer": leaf(memory.optimizer, "bytes", f"{built}; {optimizer}'s own state"),
+            "optimizer": leaf(memory.optimizer, "bytes", f"{built}; {optimizer}'s own state{in_bits}"),
             "activations": leaf(memory.activations, "bytes", f"{followed}; kept for backward passes"),
             "working": leaf(memory.working, "bytes", f"{followed}; beside them at the peak, {memory.when}"),
             "peak": leaf(memory.peak, "bytes", f"computed: the largest of the step's moments, {memory.when}{engine}"),
@@ -193,7 +197,7 @@ def _wanted(text: str) -> dict[str, int]:
 def _compare(job: Job, chosen: Layout) -> None:
     """What the layout was chosen by is what building and sharding the model gives, to the byte."""
     memory = job.memory(chosen)
-    built = held_bytes(job.stage(chosen).config, job.optimizer, chosen.shards, chosen.zero)
+    built = held_bytes(job.stage(chosen).config, job.optimizer, chosen.shards, chosen.zero, job.state)
     assert built == (memory.weights, memory.gradients, memory.optimizer), (built, memory)
 
 

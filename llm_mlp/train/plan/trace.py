@@ -31,6 +31,7 @@ from llm_mlp.models.lm import LM, Block, Checkpointing, selective
 from llm_mlp.models.mixer import rms_norm
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.backend import assuming
+from llm_mlp.train.eight_bit import AdamW8bit, block_of
 from llm_mlp.train.optim import AT_ONCE, Muon, empty_state, make_optimizers, matrices_of
 from llm_mlp.train.parallel import World, shard
 from llm_mlp.train.plan.figures import PlanError
@@ -226,30 +227,35 @@ def loss_trace(config: ModelConfig, sequences: int, length: int, on_gpu: bool) -
 
 
 @cache
-def muon_bytes(config: ModelConfig, on_gpu: bool) -> int:
-    """Most that Muon's step makes beside weights, gradients and momentum."""
-    # It works through a bounded number of parameters at a time: more layers than fill that twice change nothing.
-    own = sum(w.numbers for w in weights_of(config.model_copy(update={"n_layers": 1}), "muon") if w.matrices)
-    layers = min(config.n_layers, 2 * AT_ONCE // max(own, 1) + 2 * len(config.pattern))
+def step_bytes(config: ModelConfig, optimizer: str, state: str, on_gpu: bool) -> int:
+    """Most that the optimizers' step makes beside weights, gradients and state (torch's own, fused, makes nothing)."""
+    # Muon works through a bounded number of parameters at a time: more layers than fill that twice change nothing.
+    kinds = len(config.pattern)
+    own = sum(w.numbers for w in weights_of(config.model_copy(update={"n_layers": 1}), optimizer) if w.matrices)
+    layers = min(config.n_layers, (2 * AT_ONCE // own if own else 0) + 2 * kinds)
     with torch.device("meta"):
         model = LM(config.model_copy(update={"n_layers": layers}))
     with _fake(on_gpu):
         _with_fake_parameters(model)
-        muon = next((o for o in make_optimizers(model, OptimizerConfig()) if isinstance(o, Muon)), None)
-        if muon is None:
-            return 0
+        found: list[torch.optim.Optimizer] = [
+            o for o in make_optimizers(model, _settings(optimizer, state)) if isinstance(o, (Muon, AdamW8bit))
+        ]
         for p in model.parameters():
             p.grad = torch.empty_like(p)
-        empty_state([muon])
-        with _Live(list(model.parameters())) as live:
-            muon.step()
+        empty_state(found)
+        held = [t for o in found for own in o.state.values() for t in own.values()]
+        with _Live([*model.parameters(), *held]) as live:
+            for o in found:
+                o.step()
         return live.peak
 
 
 # -- what a process holds -------------------------------------------------------------------------------------------
 
 
-def held_bytes(config: ModelConfig, optimizer: str, shards: int, zero: int) -> tuple[int, int, int]:
+def held_bytes(
+    config: ModelConfig, optimizer: str, shards: int, zero: int, state: str = "same"
+) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer state of rank 0 (the largest) of ``shards`` processes.
 
     The model is built on the meta device, sharded by what training shards by over torch's fake process group
@@ -270,10 +276,10 @@ def held_bytes(config: ModelConfig, optimizer: str, shards: int, zero: int) -> t
     try:
         if sharded:
             shard(model, World(ParallelConfig(data="fsdp", zero=zero), torch.device("cpu"), 0, shards))
-        optimizers = make_optimizers(model, _settings(optimizer))
+        optimizers = make_optimizers(model, _settings(optimizer, state))
         empty_state(optimizers)
         weights = sum(_local(p) for p in model.parameters())
-        states = (t for o in optimizers for state in o.state.values() for t in state.values())
+        states = (t for o in optimizers for own in o.state.values() for t in own.values())
         return weights, weights, sum(_local(t) for t in states)
     finally:
         if sharded:
@@ -291,6 +297,7 @@ class Weight:
     layer: int
     shape: tuple[int, ...]
     matrices: tuple[tuple[int, int], ...]  # that Muon orthogonalises in it; none: AdamW's
+    block: int = 0  # numbers that share a scale in state of 8 bits; 0: state in full
 
     @property
     def numbers(self) -> int:
@@ -303,24 +310,31 @@ class Weight:
 
     def state_bytes(self, shards: int) -> int:
         """Muon keeps a mean of the gradients; AdamW two, and a count."""
-        return 4 * self.local(shards) * (1 if self.matrices else 2) + (0 if self.matrices else 4)
+        numbers = self.local(shards)
+        mean = numbers + 4 * (numbers // self.block) if self.block else 4 * numbers
+        return mean if self.matrices else 2 * mean + 4
 
 
 @cache
-def weights_of(config: ModelConfig, optimizer: str) -> tuple[Weight, ...]:
+def weights_of(config: ModelConfig, optimizer: str, state: str = "same") -> tuple[Weight, ...]:
     """The parameters of ``config``: of the model built on the meta device and the optimizers that get them."""
     with torch.device("meta"):
         model = LM(config)
     rows: dict[int, tuple[tuple[int, int], ...]] = {}
-    muons = [o for o in make_optimizers(model, _settings(optimizer)) if isinstance(o, Muon)]
+    muons = [o for o in make_optimizers(model, _settings(optimizer, state)) if isinstance(o, Muon)]
     for group in (group for o in muons for group in o.param_groups):
         for p, parts in zip(group["params"], group["rows"], strict=True):
             rows[id(p)] = tuple((m.shape[0], m.shape[1]) for m in matrices_of(p, parts))
     return tuple(
-        Weight(int(name.split(".")[1]) if name.startswith("blocks.") else -1, tuple(p.shape), rows.get(id(p), ()))
+        Weight(
+            int(name.split(".")[1]) if name.startswith("blocks.") else -1,
+            tuple(p.shape),
+            rows.get(id(p), ()),
+            block_of(p.shape) if state == "8bit" else 0,
+        )
         for name, p in model.named_parameters()
     )
 
 
-def _settings(optimizer: str) -> OptimizerConfig:
-    return OptimizerConfig(name="adamw" if optimizer == "adamw" else "muon")
+def _settings(optimizer: str, state: str) -> OptimizerConfig:
+    return OptimizerConfig.model_validate({"name": optimizer, "state": state})
