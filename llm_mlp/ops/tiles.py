@@ -42,7 +42,11 @@ def exponential(x):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """float32 ``x`` rounded to ``DTYPE``."""
+    """float32 ``x`` rounded to ``DTYPE``; float8e4nv (float8_e4m3fn), which has no infinity, saturates at 448."""
+    if tl.float8e4nv == DTYPE:
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # it cuts small numbers off at multiples of 2^-9, where hardware rounds
+            x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, x)
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
