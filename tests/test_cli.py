@@ -350,9 +350,9 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
 def test_doctor(call, trained, monkeypatch):
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
-    status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--dtype", "bf16", "--json")
+    status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
     assert status == 0 and json.loads(out)["passed"]
-    assert call("doctor", "--dtype", "int3")[0] == 1
+    assert call("doctor", "--weights", "int3")[0] == 1
     monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out

@@ -175,9 +175,9 @@ def bench_decoding(
     """Preset and twin at each context; yields a line a context, records tokens/s, bytes and the ratio.
 
     ``weights``, ``kept``: as `llm_mlp.checkpoint.load_model`. Quantised weights and states that are not ``auto``
-    run beside the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's steps as
-    a CUDA graph; the twin's cache grows, so its steps are launched one by one and no ratio is given. A twin whose
-    caches do not fit has none.
+    run beside the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's
+    steps as a CUDA graph; the twin's cache grows, so its steps are launched one by one and no ratio is given. A twin
+    whose caches do not fit has none.
     """
     for option, value, known in (("--weights", weights, WEIGHTS), ("--state", kept, STATES)):
         if value not in known:

@@ -295,7 +295,8 @@ class Reader:
     # -- fitting ---------------------------------------------------------------------------------------------------
 
     def check(self, manifest: Manifest, name: str = "context") -> None:
-        """Refuse a context of another model or tokenizer; say so where device or build are others.
+        """Refuse a context of another model or tokenizer, of weights held or a state kept in other bits; say so where
+        device or build are others.
 
         Raises:
             ContextError: it does not fit.
@@ -303,12 +304,10 @@ class Reader:
         for what, own in self.fingerprints.items():
             theirs = getattr(manifest, what)
             if what == "quantization" and theirs != own:
-                held = [
-                    f"{kind} weights" if kind != "none" else "weights that are not quantised" for kind in (theirs, own)
-                ]
+                made, held = (f"{x} weights" if x != "none" else "weights in full" for x in (theirs, own))
                 raise ContextError(
-                    f"{name} {manifest.id}: made with {held[0]}, this model has {held[1]}; load it with the same "
-                    "--weights or read the text again"
+                    f"{name} {manifest.id}: made with {made}, this model has {held}; load it with the --weights that "
+                    "made the context, or read the text again"
                 )
             if theirs != own:
                 raise ContextError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_mlp.ops.backend import accumulation_dtype, invariant
-from llm_mlp.ops.memorise.units import Units, own_pool, ranked, raw, take_rows, to_rows
+from llm_mlp.ops.memorise.units import Units, from_rows, own_pool, ranked, raw, take_rows, to_rows
 
 
 def memorise_step(
@@ -63,7 +63,7 @@ def memorise_step(
         else:
             raw(whole)[torch.arange(B, device=q.device), :, slots + filled] = raw(new)
     keys, values = (x[:, :, :rows].flatten(0, 1).flatten(2) for x in (units.keys, units.values))
-    z = torch.bmm(q.reshape(B * G, 1, R), keys.to(q.dtype).mT).view(B, G, rows).to(dtype) * R**-0.5
+    z = torch.bmm(q.reshape(B * G, 1, R), from_rows(keys, q.dtype).mT).view(B, G, rows).to(dtype) * R**-0.5
     unseen = -torch.inf if activation == "softmax" else 0.0
     z[..., :slots].masked_fill_(units.scores[:, :, :slots] == -torch.inf, unseen)
     if not even:
@@ -75,7 +75,7 @@ def memorise_step(
     else:
         r2 = z.relu_().square_()
         p = r2 / (r2.sum(-1, keepdim=True) + s.exp())
-    y = torch.bmm(p.to(w.dtype).reshape(B * G, 1, rows), values.to(w.dtype))
+    y = torch.bmm(p.to(w.dtype).reshape(B * G, 1, rows), from_rows(values, w.dtype))
 
     units.length.add_(1)
     full = filled == block - 1
