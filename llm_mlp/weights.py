@@ -67,8 +67,8 @@ def activations(weights: str) -> torch.dtype:
 def hold(model: LM, weights: str) -> LM:
     """Holds the weights of ``model`` in one of `WEIGHTS` from now on, where they are (in place); returns it.
 
-    Quantising is rounding to the nearest, no data is looked at. Logs once where one token's product with the largest
-    matrix takes longer than in bfloat16.
+    Quantising is rounding to the nearest, no data is looked at. Logs what became of the matrices, and where one token's
+    product with the largest takes longer than in bfloat16.
 
     Raises:
         ValueError: an unknown name, or a model that is quantised already.
@@ -80,17 +80,23 @@ def hold(model: LM, weights: str) -> LM:
     model = model.to(activations(weights))
     if weights in FLOATS:
         return model
+    before, counts = weight_bytes(model), {Int8: 0, Int4: 0}
     largest: tuple[Tensor, Int8 | Int4] | None = None
     for path, module in list(model.named_modules()):
         if not isinstance(module, Linear) or min(module.weight.shape) < SMALL:
             continue
         four = weights == "int4" and module is not model.head and Int4.serves(module.weight)
         matrix = Int4.of(module.weight) if four else Int8.of(module.weight)
+        counts[type(matrix)] += 1
         if module is not model.head and (largest is None or module.weight.numel() > largest[0].numel()):
             largest = module.weight, matrix
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, QuantizedLinear(matrix, module.bias))
     model.quantization = weights
+    log.info(
+        "%s weights: %d matrices in 8 bits, %d in 4, %.1f MB of %.1f in bf16; smaller ones than %d x %d stay",
+        weights, counts[Int8], counts[Int4], weight_bytes(model) / 1e6, before / 1e6, SMALL, SMALL,
+    )  # fmt: skip
     if largest is not None:
         _compare(weights, *largest)
     return model

@@ -115,7 +115,7 @@ def test_memorise_rows_in_another_dtype(rows):
     k[:, 3::6], w[:, 4::4] = (
         3e3 * k[:, 3::6],
         1e-3 * w[:, 4::4],
-    )  # beyond what 8 bits hold, and below their normal numbers
+    )  # beyond what 8 bits hold; below their normal ones
     own, other = (units_init(2, 1, 16, 1, 16, **how, dtype=rows, device=d) for d in (DEVICE, "cpu"))
     for t in range(11):
         token = [x[:, t] for x in (q, k, w, score)]
