@@ -153,7 +153,8 @@ def units_merge(a: Units, b: Units, *, block: int = 256, slots: int = 64) -> Uni
     def joined(x: Tensor, y: Tensor) -> Tensor:
         kind, x, y = x.dtype, raw(x), raw(y)
         best = take_rows(*own_pool(torch.cat([x, y[:, :, :slots]], 2), place), used)
-        return torch.cat([best, y[:, :, slots:]], 2).view(kind)
+        both = torch.cat([best, y[:, :, slots:]], 2)
+        return both if both.dtype == kind else both.view(kind)  # a view as another dtype has no gradient
 
     return Units(
         joined(a.keys, b.keys),
