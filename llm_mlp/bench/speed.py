@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,28 @@ def _need_cuda(device: torch.device) -> None:
         raise ConfigError(f"--graph: CUDA graphs need a CUDA device, this one is {device}")
 
 
-@torch.no_grad()
-def time_decoding(model: LM, context: int, steps: int, batch: int = 1, graph: bool = False) -> dict[str, float]:
-    """Median seconds a step after ``context`` random tokens, and the bytes of a sequence's state there.
+def time_decoding(
+    models: Sequence[LM], context: int, steps: int, batch: int = 1, graph: bool = False
+) -> list[dict[str, float]]:
+    """Of each model, which step in turn: median seconds a step after ``context`` random tokens, and the bytes of a
+    sequence's state there.
 
     ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
     """
+    device = next(models[0].parameters()).device
+    calls, sizes = zip(*(_decoder(model, context, batch, graph) for model in models), strict=True)
+    times: list[list[float]] = [[] for _ in models]
+    for round_ in range(steps + 3):
+        for call, own in zip(calls, times, strict=True):
+            seconds = timed(call, device)
+            if round_ >= 3:  # the first are warm-up
+                own.append(seconds)
+    return [{"seconds": statistics.median(own), "state_bytes": size} for own, size in zip(times, sizes, strict=True)]
+
+
+@torch.no_grad()
+def _decoder(model: LM, context: int, batch: int, graph: bool) -> tuple[Callable[[], Any], int]:
+    """A step of a model that has read ``context`` random tokens, and the bytes of a sequence's state."""
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -154,10 +170,7 @@ def time_decoding(model: LM, context: int, steps: int, batch: int = 1, graph: bo
     call: Callable[[], Any] = partial(model.step, token, state)
     if graph:
         call = partial(CapturedStep(model, state, batch), token)
-    for _ in range(3):
-        call()
-    times = [timed(call, device) for _ in range(steps)]
-    return {"seconds": statistics.median(times), "state_bytes": size}
+    return call, size
 
 
 def bench_decoding(
@@ -175,7 +188,7 @@ def bench_decoding(
     """Preset and twin at each context; yields a line a context, records tokens/s, bytes and the ratio.
 
     ``weights``, ``kept``: as `llm_mlp.checkpoint.load_model`. Quantised weights and states that are not ``auto``
-    run beside the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's
+    run in turn with the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's
     steps as a CUDA graph; the twin's cache grows, so its steps are launched one by one and no ratio is given. A twin
     whose caches do not fit has none.
     """
@@ -188,17 +201,18 @@ def bench_decoding(
     models, dtype = _pair(preset, on), activations(weights)
     for model in models.values():
         model.to(dtype)
-    plain = f"{preset} {str(dtype).removeprefix('torch.')}"
+    twin, plain = preset + TWIN, f"{preset} {str(dtype).removeprefix('torch.')}"
     if weights not in FLOATS or kept != "auto":
         models[plain] = copy.deepcopy(models[preset])
     hold(models[preset], weights).keep_state(kept)
     held = {name: weight_bytes(model) for name, model in models.items()}
     for context in contexts:
         found, too_large = {}, ""
-        for name, model in models.items():
-            own = name != preset + TWIN
+        for names in ([name for name in models if name != twin], [twin]):
+            own = names != [twin]
             try:
-                found[name] = time_decoding(model, context, steps, batch, graph and own)
+                times = time_decoding([models[name] for name in names], context, steps, batch, graph and own)
+                found |= dict(zip(names, times, strict=True))
             except torch.OutOfMemoryError:
                 if own:
                     raise
@@ -207,7 +221,6 @@ def bench_decoding(
                 torch.cuda.empty_cache()
         speed = {name: batch / f["seconds"] for name, f in found.items()}
         size = {name: f["state_bytes"] for name, f in found.items()}
-        twin = preset + TWIN
         ratio = None if graph or too_large else speed[preset] / speed[twin]
         if results:
             facts = {"preset": preset, "context": context, "batch": batch, "weights": weights, "state": kept}
