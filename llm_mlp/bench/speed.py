@@ -207,7 +207,7 @@ def bench_decoding(
     hold(models[preset], weights).keep_state(kept)
     held = {name: weight_bytes(model) for name, model in models.items()}
     for context in contexts:
-        found, too_large = {}, ""
+        too_large, found = "", dict[str, dict[str, float]]()
         for names in ([name for name in models if name != twin], [twin]):
             own = names != [twin]
             try:
