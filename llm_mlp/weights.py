@@ -67,8 +67,8 @@ def activations(weights: str) -> torch.dtype:
 def hold(model: LM, weights: str) -> LM:
     """Holds the weights of ``model`` in one of `WEIGHTS` from now on, where they are (in place); returns it.
 
-    Quantising is rounding to the nearest, no data is looked at. Logs what became of the matrices, and where one token's
-    product with the largest takes longer than in bfloat16.
+    Quantising is rounding to the nearest, no data is looked at. Logs what became of the matrices, and where the
+    product with the largest, of one token and of 16, takes longer than in bfloat16.
 
     Raises:
         ValueError: an unknown name, or a model that is quantised already.
@@ -103,13 +103,18 @@ def hold(model: LM, weights: str) -> LM:
 
 
 def _compare(weights: str, plain: Tensor, matrix: Int8 | Int4) -> None:
-    """Log where a token's product is slower than in bfloat16."""
-    x = torch.ones((1, plain.shape[1]), dtype=torch.bfloat16, device=plain.device)
+    """Log where products of one token, and of 16, are slower than in bfloat16."""
+    for rows in (1, 16):
+        _compare_rows(weights, plain, matrix, rows)
+
+
+def _compare_rows(weights: str, plain: Tensor, matrix: Int8 | Int4, rows: int) -> None:
+    x = torch.ones((rows, plain.shape[1]), dtype=torch.bfloat16, device=plain.device)
     quick, own = (_seconds(lambda m=m: linear_step(x, [Product(m)]), x.device) for m in (plain, matrix))  # type: ignore[misc]
     if own > quick:
         log.warning(
-            "%s weights save bytes here, not time: a token's product with a matrix %s takes %.0f us, %.0f in bf16",
-            weights, tuple(plain.shape), 1e6 * own, 1e6 * quick,
+            "%s weights save bytes, not time, in products of %d rows: with a matrix %s one takes %.0f us, %.0f in bf16",
+            weights, rows, tuple(plain.shape), 1e6 * own, 1e6 * quick,
         )  # fmt: skip
 
 

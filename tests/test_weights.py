@@ -71,9 +71,11 @@ def test_a_quantised_model_is_neither_saved_nor_quantised_again(tmp_path):
         model.keep_state("fp8")
 
 
-@pytest.mark.parametrize(("own", "says"), [(2e-6, ""), (9e-6, "takes 9 us, 5 in bf16")])
+@pytest.mark.parametrize(
+    ("own", "says"), [(2e-6, ""), (9e-6, "in products of 1 rows"), (9e-6, "one takes 9 us, 5 in bf16")]
+)
 def test_a_slower_choice_is_logged(own, says, monkeypatch, caplog):
-    times = iter([5e-6, own])
+    times = iter([5e-6, own, 5e-6, 2e-6])
     monkeypatch.setattr(module, "_seconds", lambda call, device: call() and next(times))
     with caplog.at_level(logging.INFO, "llm_mlp"):
         hold(small(), "int8")

@@ -63,6 +63,12 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def from_int8(x):
+    """int8 ``x`` as float32: 1.5 * 2^23 + x is an integer's addition to its bits, at 8 times the rate of conversions."""
+    return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
 def halves(x):
     """float32 ``x`` as the sum of two bfloat16, to 2^-17 of it."""
     high = narrow(x, tl.bfloat16)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_mlp.ops.linear_step import ROWS, Product
 from llm_mlp.ops.linear_step.quantized import Int8
-from llm_mlp.ops.tiles import narrow, product_onto
+from llm_mlp.ops.tiles import from_int8, narrow, product_onto
 from llm_mlp.ops.tune import Sizes, Table, plan
 
 NUMBERS = 2**13  # of a matrix that a program multiplies at a time: 64 registers of each of 128 threads
@@ -39,6 +39,8 @@ def _rows(
             inside = k < K
             x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(w_ptr + (n[:, None] * K + k[None, :]), mask=known[:, None] & inside[None, :], other=0)
+            if SCALE:
+                w = from_int8(w)
             sums += w.to(tl.float32) * x[None, :]
             if NORM:
                 squares += x * x
@@ -53,7 +55,7 @@ def _rows(
             x = tl.load(x_ptr + (b[:, None] * stride + k[None, :]), mask=(b < B)[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptr + (n[:, None] * K + k[None, :]), mask=known[:, None] & inside[None, :], other=0)
             if SCALE:  # 8 bits are exact in x's dtype
-                w = narrow(w.to(tl.float32), x_ptr.dtype.element_ty)
+                w = narrow(from_int8(w), x_ptr.dtype.element_ty)
             y = product_onto(y, x, tl.trans(w), PRECISION)
             if NORM:
                 wide = x.to(tl.float32)
