@@ -117,13 +117,13 @@ def test_bytes_of_the_settings_are_those_of_the_slots():
     assert sum(t.numel() * t.element_size() for t in Engine(kept, slots=3).pool.values()) == 3 * sizes[2]
 
 
+@torch.no_grad()
 def test_rows_saturate():
     model, ids = hold(small(), "bf16").keep_state("bf16+8bit"), tokens(40)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mixer.units_gain[1] *= 3000  # of keys
-            block.mixer.write_up.bias += 20
-            block.mixer.in_proj.weight[2 * 2 * 128 : 2 * 2 * 128 + 512] *= 1e4  # of values
+    for block in model.blocks:
+        block.mixer.units_gain[1] *= 3000  # of keys
+        block.mixer.write_up.bias += 20
+        block.mixer.in_proj.weight[2 * 2 * 128 : 2 * 2 * 128 + 512] *= 1e4  # of values
     state = model.init_state(1)
     steps = torch.stack([model.step(ids[:, t], state) for t in range(40)], 1)
     for found, logits in ((state, steps), ((out := model(ids)).state, out.logits)):

@@ -64,7 +64,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def from_int8(x):
-    """int8 ``x`` as float32: 1.5 * 2^23 + x is an integer's addition to its bits, at 8 times the rate of conversions."""
+    """int8 ``x`` as float32: 1.5 * 2^23 + x is an integer's addition to its bits, 8 times as fast as converting."""
     return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
