@@ -7,6 +7,7 @@ previous checkpoint as it was.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -23,6 +24,8 @@ from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
 from llm_mlp.models.mixer import STATES
 from llm_mlp.weights import WEIGHTS, activations, hold
+
+log = logging.getLogger("llm_mlp.checkpoint")
 
 FORMAT_VERSION = 1
 
@@ -235,4 +238,6 @@ def load_model(
     load_weights(model, folder / "model.safetensors")
     tokenizer = load_tokenizer(folder)
     model = model.to(device=device, dtype=activations(weights)).eval()
+    if state.startswith("bf16") and torch.device(device).type == "cpu":
+        log.info("state %s: on a CPU this saves bytes, not time (it is widened for every step)", state)
     return hold(model, weights).keep_state(state), tokenizer

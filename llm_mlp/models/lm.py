@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +21,6 @@ from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.cross_entropy import softcap
 from llm_mlp.ops.linear_step import Product, linear_step
 from llm_mlp.ops.perceive import check_indices
-
-log = logging.getLogger("llm_mlp.models")
 
 MIXERS: dict[str, Any] = {"perception": PerceptionMixer, "attention": AttentionMixer}
 # What is computed again in the backward pass: nothing, everything but the costly products and ops, each block whole.
@@ -137,8 +134,6 @@ class LM(nn.Module):
         self.kept = setting
         for block in self.blocks:
             block.mixer.kept = STATES[setting]
-        if setting.startswith("bf16") and self.embedding.weight.device.type == "cpu":
-            log.info("state %s: on a CPU this saves bytes, not time (it is widened for every step)", setting)
         return self
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
