@@ -17,6 +17,7 @@ LAYERS = [
     ["presets", "allocator"],
     ["config", "ops"],
     ["models", "data", "precision", "device"],
+    ["weights"],
     ["checkpoint"],
     ["infer", "eval"],
     ["context", "bench"],

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llm_mlp.bench.record import record
 from llm_mlp.bench.speed import setup
@@ -186,10 +185,11 @@ def server(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 
 def bare_engine(
-    folder: Path, bodies: Sequence[dict], *, clients: int, seconds: float, device: torch.device, **how: Any
+    folder: Path, bodies: Sequence[dict], *, clients: int, seconds: float, held: dict[str, Any], **how: Any
 ) -> float:
-    """Tokens a second of the engine alone with the same requests, each followed by the next as soon as it ends."""
-    model, tokenizer = load_model(folder, device=device)
+    """Tokens a second of the engine alone with the same requests, each followed by the next as soon as it ends.
+    ``held``: how `load_model` loads it."""
+    model, tokenizer = load_model(folder, **held)
     engine = Engine(model, vocabulary=tokenizer.vocab_size, **how)
     stop, turn = frozenset([tokenizer.eos]), iter(range(10**9))
     requests = [
@@ -244,6 +244,8 @@ def bench_serving(
     prompt_tokens: int,
     max_tokens: int,
     invariant: bool,
+    weights: str,
+    kept: str,
     results: str | Path | None,
     threads: int,
     device: str,
@@ -260,15 +262,18 @@ def bench_serving(
             save_model(folder, build_model(config).randomize_(), tokenizer)
         _, tokenizer = load_model(folder)
         bodies = pairs(16, prompt_tokens, max_tokens, tokenizer)
+        held = {"device": on, "weights": weights, "state": kept}
         how: dict[str, Any] = {"slots": slots, "invariant": invariant, "queue": 10 * clients}
-        bare = bare_engine(folder, bodies, clients=clients, seconds=seconds / 2, device=on, **how)
+        bare = bare_engine(folder, bodies, clients=clients, seconds=seconds / 2, held=held, **how)
         yield f"engine alone: {bare:,.0f} tokens/s"
         options = ["--slots", str(slots), "--queue", str(10 * clients), "--device", str(on), "--threads", str(threads)]
+        options += ["--weights", weights, "--state", kept]
         with server(folder, *options, *(["--invariant"] if invariant else [])) as (url, pid):
             load(url, bodies, clients=1, seconds=0.5, pid=pid)  # warm
             found = load(url, bodies, clients=clients, seconds=seconds, pid=pid).summary()
     ratio = found["tokens_per_second"] / bare
     facts = {"model": folder.name, "clients": clients, "slots": slots, "invariant": invariant, "seconds": seconds}
+    facts |= {"weights": weights, "state": kept}
     facts |= {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "engine_tokens_per_second": round(bare, 1)}
     if results:
         record(results, "serve-speed", facts | found | {"ratio": round(ratio, 3)}, device=on, seed=0)

@@ -70,8 +70,8 @@ def _mean_over_cycles(contexts: Sequence[Context], number: int) -> Tensor:
             context = contexts[(first + k) % n]
             assert context.transition is not None
             P, log_a = (context.transition[f"layers.{number}.{name}"] for name in ("P", "log_a"))
-            Z = context.state[f"layers.{number}.fast_weights"]
-            S = torch.einsum("bgij,bgjmv->bgimv", P, S) * log_a.exp()[:, :, None, :, None] + Z
+            Z = context.state[f"layers.{number}.fast_weights"].to(P.dtype)
+            S = torch.einsum("bgij,bgjmv->bgimv", P, S.to(P.dtype)) * log_a.exp()[:, :, None, :, None] + Z
         total = S if total is None else total + S
     assert total is not None
     return total / n
