@@ -27,6 +27,7 @@ from llm_mlp.ops.memorise import kernels as memorise
 from llm_mlp.ops.memorise import step_kernels as memorise_steps
 from llm_mlp.ops.perceive import kernels as perceive
 from llm_mlp.ops.perceive import step_kernels as perceive_steps
+from llm_mlp.ops.perception_step import kernels as token_steps
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = (
@@ -39,7 +40,7 @@ INTEGERS = (
     "span_ptr",
     "wild_ptr",
     "slot_ptr",
-    "full_ptr",
+    "filled_ptr",
     "place_ptr",
     "from_place_ptr",
     "before_place_ptr",
@@ -50,7 +51,7 @@ TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 NARROW |= {"x", "tail", "write", "erase", "dx", "dwrite", "derase", "dread", "dkey", "read", "key", "logit"}
 NARROW |= {"residual", *(f"{name}{n}" for name in ("w", "bias", "out") for n in range(3)), "heads"}
-NARROW |= {"value", "share", "gate", "out", "dout", "dshare", "dgate"}
+NARROW |= {"low", "up", "bias", "keys", "values", "value", "share", "gate", "out", "dout", "dshare", "dgate"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -199,14 +200,20 @@ def main() -> None:
         matrices |= {f"BIAS{n}": True for n in range(3)}
         kinds = ({**matrices, **{f"SCALE{n}": on for n in range(3)}} for on in (False, True))  # bf16, int8
         sizes = one.constants(args.heads, args.value_width)
+        token = {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}
+        whole = {"m": args.heads, "V": args.value_width, "RANK": 64, "PARTS": 16, "INDEXED": True}
         for kernel, constants in (
             (perceive_steps._step, {"F": args.features, **sizes, "SCALAR": True, "INDEXED": True}),
             (memorise_steps._step, {**form, "BK": 32, "M": 4, "BM": 4, "SOFTMAX": False, "INDEXED": True, "PARTS": 16}),
             (memorise_steps._close, {**form, "J": 512, "BS": 16, "INDEXED": True, "PARTS": 16}),
             (heads._gates_step, {"BH": 32, "BE": 8, "DECAY": True, "SHARE": True}),
             *((linear_step._linear, {**linear_step.tiles(b, 4096, 1024), **m}) for m in kinds for b in (1, 16)),
-            (heads._inputs_step, {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}),
+            (heads._inputs_step, {**token, "RANK": 0}),
+            (heads._inputs_step, {**token, "RANK": 64}),
+            (token_steps._states, {**form, **whole, **sizes, "BK": 32, "HEADS": args.heads, "SOFTMAX": False}),
+            (token_steps._finish, {**form, **whole, "J": 512, "BS": 16}),
         ):
+            constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
             if "PDL" in kernel.arg_names:
                 constants = {**constants, "PDL": True}
             show(kernel, constants, args.dtype, warps, args.stages, args.capability)

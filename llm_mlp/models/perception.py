@@ -31,6 +31,8 @@ from llm_mlp.ops.heads import (
 from llm_mlp.ops.linear_step import linear_step
 from llm_mlp.ops.memorise.units import to_rows
 from llm_mlp.ops.perceive.chunked import CHUNK
+from llm_mlp.ops.perception_step import Gate, Layer, perception_step, serves
+from llm_mlp.ops.perception_step import State as Token
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
 
@@ -271,12 +273,46 @@ class PerceptionMixer(Mixer):
         y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
         return self.out_proj(y), after
 
+    def _whole(self) -> Layer | None:
+        """What `perception_step` takes, of a layer that has all it is made for."""
+        ups = {name: up for name, up in self._ups().items() if isinstance(up, Linear)}
+        if self.conv is None or self.log_rate is None or not self.block or len(ups) < 3 or self.erase != "scalar":
+            return None
+        if self.first_layer is not None or self.surprise_gain is not None:
+            return None
+        begin = dict(zip(self.gate_names, accumulate(self.in_split[:-1]), strict=True))
+        write, erase, output = (
+            Gate(ups[name].weight, ups[name].bias, begin[name]) for name in ("write", "erase", "output")
+        )
+        return Layer(
+            groups=self.groups,
+            heads=(self.heads_per_group, self.value_width),
+            write=write,
+            erase=erase,
+            output=output,
+            conv=self.conv,
+            slope=self.slope,
+            gain=self.units_gain,
+            log_rate=self.log_rate,
+            sink=self.sink,
+            erase_max=self.erase_max,
+            eps=self.eps,
+            block=self.block,
+            slots=self.slots,
+            activation=self.read,
+        )
+
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
         products = [self.in_proj.product()]
         if self.head_proj is not None:
             products.append(self.head_proj.product())
         projected, *more = linear_step(x, products, eps=self.eps)
         heads = more[0] if more else None
+        if (layer := self._whole()) is not None and heads is not None:
+            own = Token(state["conv"], state["fast_weights"], Units(*(state[name] for name in _UNITS)))
+            if serves(projected, layer, own):
+                y = perception_step(projected, heads, layer, own, state_indices)
+                return linear_step(y, [self.out_proj.product()], residual=x)[0]
         qkv, low = projected.split((self.in_split[0], sum(self.in_split[1:])), -1)
         logits, ups = {}, self._ups()
         if ups:

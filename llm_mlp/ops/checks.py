@@ -348,6 +348,63 @@ def _gates_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
     return [(run, [8 * normal(B, 2 * G * m).to(dtype), -3 + normal(G * m), 4 * normal(B, G).to(dtype)])]
 
 
+def _perception_step_cases(
+    R: int, m: int, V: int, taps: int, rank: int, block: int, slots: int, activation: str, states: str, rows: str,
+    dtype: torch.dtype, device: str,
+) -> list[Case]:  # fmt: skip
+    from llm_mlp.ops.memorise import units_init
+    from llm_mlp.ops.perception_step import Gate, Layer, State, perception_step
+
+    B, N, G, tokens = 3, 5, 2, 3
+    H, C, normal = G * m, 2 * G * R + G * m * V, _normals(1, device)
+    units = units_init(N, G, R, m, V, block=block, slots=slots, dtype=getattr(torch, rows), device=torch.device(device))
+    # Sequences at their start, about to fill their first block, their fourth, and in the middle of one.
+    units.length.copy_(torch.tensor([block - 2, 4 * block - 1, 3 * block + block // 2, 0, block - 1], device=device))
+    place = torch.arange(slots + block, device=device)
+    used = (place < torch.where(units.length >= block, slots, 0)[:, None]) | (
+        (place >= slots) & (place - slots < (units.length % block)[:, None])
+    )
+    kept = torch.where(used[:, None], normal(N, G, slots + block).abs(), -torch.inf)
+    kept[..., :slots] = kept[..., :slots].sort(-1, descending=True).values
+    gates = [normal(n, rank) / rank**0.5 for n in (H * V, G, H * V)], [normal(n) for n in (H * V, G, H * V)]
+    inputs = [*(normal(B, C + 3 * rank) for _ in range(tokens)), *(normal(B, 2 * H) for _ in range(tokens))]
+    inputs = [x.to(dtype) for x in (*inputs, *gates[0], *gates[1])]
+    inputs += [normal(C, taps) / 2, 1 + normal(C) / 4, 1 + normal(2, R) / 4, normal(H) - 3, normal(G)]
+    inputs += [normal(N, taps - 1, C).to(dtype), (normal(N, G, R, m, V) / R**0.5).to(getattr(torch, states))]
+    for x, shape in ((units.keys, (R,)), (units.values, (m, V))):
+        numbers = torch.where(used[:, None, :, None], normal(N, G, slots + block, x[0, 0, 0].numel()), 0)
+        inputs.append(numbers.unflatten(-1, shape).to(x.dtype))
+
+    def run(at: list[int] | None) -> Callable:
+        def of(backend: str) -> Callable:
+            def call(*x: Tensor) -> Sequence[Tensor]:
+                t = 2 * tokens
+                write, erase, output = (Gate(x[t + n], x[t + 3 + n], C + n * rank) for n in range(3))
+                conv, slope, gain, rate, sink = x[t + 6 : t + 11]
+                layer = Layer(
+                    G, (m, V), write, erase, output, conv, slope, gain, rate, sink, 1.98, 1e-6, block, slots, activation
+                )
+                scores = kept.double() if x[0].dtype == torch.float64 else kept.clone()
+                pool = [y.clone() for y in (*x[t + 11 :], scores, units.length)]
+                if at is None:
+                    pool = [y[:B].clone() for y in pool]
+                tails, fast, keys, values, scores, length = pool
+                state = State(tails, fast, units._replace(keys=keys, values=values, scores=scores, length=length))
+                index = None if at is None else torch.tensor(at, device=device)
+                real = [n for n in range(B) if at is None or at[n] >= 0]
+                found = [
+                    perception_step(x[n], x[tokens + n], layer, state, index, backend)[real] for n in range(tokens)
+                ]
+                kinds = (y.float() if y.dtype.itemsize == 1 else y for y in (keys, values))
+                return *found, tails, fast, *kinds, scores.nan_to_num(neginf=-1.0).to(x[0].dtype)
+
+            return call
+
+        return of
+
+    return [(run(None), inputs), (run([4, -1, 1]), inputs)]
+
+
 _CASES: dict[str, Callable[..., list[Case]]] = {
     "perceive": _perceive_cases,
     "memorise": _memorise_cases,
@@ -358,6 +415,7 @@ _CASES: dict[str, Callable[..., list[Case]]] = {
     "heads_step": _heads_step_cases,
     "gates_step": _gates_step_cases,
     "linear_step": _linear_step_cases,
+    "perception_step": _perception_step_cases,
 }
 
 

@@ -32,6 +32,11 @@ CHECKED = [  # every op with kernels, at small sizes
         )
         for rows in ("bfloat16", "float8_e4m3fn")
     ),
+    (
+        "perception_step",
+        (("R", 16), ("m", 2), ("V", 16), ("taps", 4), ("rank", 8), ("block", 8), ("slots", 4), ("activation", "relu2"),
+         ("dtype", "bfloat16"), ("states", "float32"), ("rows", "bfloat16")),
+    ),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llm_mlp.ops.perceive.step_kernels import decay_of, place_of
 from llm_mlp.ops.tiles import after_previous, narrow, where_if
 from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
@@ -263,18 +264,26 @@ def _inputs_back(
 
 
 @triton.jit
+def low_rank(row, known, low_ptr, up_ptr, bias_ptr, RANK: tl.constexpr):
+    """``up[row] low + bias[row]``: the logits of some rows of a gate, its first product at ``low_ptr``."""
+    j = tl.arange(0, RANK)
+    up = tl.load(up_ptr + (row[:, None] * RANK + j[None, :]), mask=known[:, None], other=0.0).to(tl.float32)
+    low = tl.load(low_ptr + j).to(tl.float32)
+    return tl.sum(up * low[None, :], 1) + tl.load(bias_ptr + row, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _inputs_step(
-    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, gain_ptr, index_ptr, q_ptr, k_ptr, w_ptr, read_ptr, key_ptr,
-    stride, G, C, width, eps,
+    x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, bias_ptr, gain_ptr, index_ptr, q_ptr, k_ptr, w_ptr, read_ptr,
+    key_ptr, stride, low, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, UNITS: tl.constexpr,
-    INDEXED: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros."""
+    """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros.
+    RANK: ``write`` is the second matrix of the gate's logits, whose first product stands in x from ``low`` on."""
     after_previous(PDL)
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = b
-    if INDEXED:
-        row = tl.load(index_ptr + b).to(tl.int64)
+    row = place_of(index_ptr, b, INDEXED)
     f = tl.arange(0, R)
     c = block * R + f
     here = where_if(c < C, row >= 0)
@@ -308,7 +317,10 @@ def _inputs_step(
             tl.store((key_ptr if key else read_ptr) + at, narrow(unit, q_ptr.dtype.element_ty), mask=c < C)
     else:
         at = b * width + c - 2 * G * R
-        if WRITE:
+        if RANK > 0:
+            logit = low_rank(c - 2 * G * R, here, x_ptr + b * stride + low, write_ptr, bias_ptr, RANK)
+            a *= 2.0 * _sigmoid(logit)
+        elif WRITE:
             a *= 2.0 * _sigmoid(tl.load(write_ptr + at, mask=here, other=0.0).to(tl.float32))
         tl.store(w_ptr + at, narrow(a, w_ptr.dtype.element_ty), mask=c < C)
 
@@ -376,11 +388,8 @@ def _gates_step(
     h = tl.arange(0, BH)
     if DECAY:
         a = tl.load(heads_ptr + b * heads_stride + h, mask=h < H, other=0.0).to(tl.float32)
-        rate = tl.exp(tl.load(rate_ptr + h, mask=h < H, other=0.0).to(tl.float32))
-        small = tl.exp(-tl.abs(a))
-        # log1p by its series where adding to 1 would lose it.
-        log1p = tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
-        tl.store(decay_ptr + b * H + h, -(tl.maximum(a, 0.0) + log1p) * rate, mask=h < H)
+        rate = tl.load(rate_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        tl.store(decay_ptr + b * H + h, decay_of(a, rate), mask=h < H)
     if SHARE:
         at = b * heads_stride + (H if DECAY else 0) + h
         tl.store(share_ptr + b * H + h, tl.load(heads_ptr + at, mask=h < H, other=0.0), mask=h < H)
@@ -583,8 +592,9 @@ def _step(
     way = plan("heads_step", sizes_of(R, heads[1], x.dtype))
     with way.compiling():
         _inputs_step[(B, triton.cdiv(C, R))](
-            x, tails, conv, slope, write, gain, indices, *out, x.stride(0), G, C, out[2][0].numel(), eps,
-            R=R, **constants, INDEXED=indices is not None, **overlap(x, B), **way.of(candidates())["_inputs_step"],
+            x, tails, conv, slope, write, None, gain, indices, *out, x.stride(0), 0, G, C, out[2][0].numel(), eps,
+            R=R, **constants, RANK=0, INDEXED=indices is not None, **overlap(x, B),
+            **way.of(candidates())["_inputs_step"],
         )  # fmt: skip
     return out
 

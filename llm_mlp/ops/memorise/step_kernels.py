@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_mlp.ops.memorise.units import Units, raw
+from llm_mlp.ops.perceive.step_kernels import place_of
 from llm_mlp.ops.tiles import after_previous, narrow
 from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
@@ -28,25 +29,22 @@ PROGRAMS = 264  # that give every SM work: fewer sequences are read in parts, be
 MOST = 16  # parts
 
 
-@triton.jit(do_not_specialize=["G"])
-def _step(
-    q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, y_ptr,
-    full_ptr, part_ptr, G, width, scale,
+@triton.jit
+def look(
+    b, g, part, row, q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, y_ptr,
+    filled_ptr, part_ptr, G, width, scale,
     R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
-    BM: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, SOFTMAX: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    after_previous(PDL)
-    b, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    row = b
-    if INDEXED:
-        row = tl.load(index_ptr + b).to(tl.int64)
+    """One of PARTS parts of a group's rows is read; the first takes in the token, with its score unless M is 0. WHOLE:
+    the one part is what is read."""
     r, c = tl.arange(0, R), tl.arange(0, BW)
     inside = c < width
     at = b * G + g
     if row < 0:
         if part == 0:
             tl.store(y_ptr + at * width + c, tl.zeros((BW,), y_ptr.dtype.element_ty), mask=inside)
-            tl.store(full_ptr + at, 0)
+            tl.store(filled_ptr + at, -1)
     else:
         ROWS: tl.constexpr = SLOTS + BLOCK
         units = (row * G + g) * ROWS
@@ -60,9 +58,10 @@ def _step(
         if part == 0:
             tl.store(keys + new * R + r, own_k)
             tl.store(values + new * width + c, own_w, mask=inside)
-            i = tl.arange(0, BM)
-            tl.store(kept + new, tl.sum(tl.load(score_ptr + at * M + i, mask=i < M, other=0.0), 0))
-            tl.store(full_ptr + at, (filled == BLOCK - 1).to(tl.int32))
+            if M > 0:
+                i = tl.arange(0, BM)
+                tl.store(kept + new, tl.sum(tl.load(score_ptr + at * M + i, mask=i < M, other=0.0), 0))
+            tl.store(filled_ptr + at, filled)
         sink = tl.load(sink_ptr + g).to(tl.float32)
         own_z = tl.sum(q * own_k.to(tl.float32), 0)
         if SOFTMAX:
@@ -98,7 +97,7 @@ def _step(
                 p = z * z
             total += tl.sum(p, 0)
             y += tl.sum(p[:, None] * value, 0)
-        if PARTS == 1:
+        if WHOLE:
             tl.store(y_ptr + at * width + c, narrow(y / total, y_ptr.dtype.element_ty), mask=inside)
         else:
             mine = part_ptr + (at * PARTS + part) * (BW + 2)
@@ -108,29 +107,49 @@ def _step(
 
 
 @triton.jit(do_not_specialize=["G"])
-def _close(
-    key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, full_ptr, part_ptr, y_ptr, G, width,
-    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr,
-    INDEXED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+def _step(
+    q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, y_ptr,
+    filled_ptr, part_ptr, G, width, scale,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
+    BM: tl.constexpr, SOFTMAX: tl.constexpr, INDEXED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One more token in each sequence; where it has filled its block (`_step` says so), the slots are chosen. Parts of
-    the read are added."""
     after_previous(PDL)
-    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = b
-    if INDEXED:
-        row = tl.load(index_ptr + b).to(tl.int64)
+    b, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    look(
+        b, g, part, place_of(index_ptr, b, INDEXED), q_ptr, k_ptr, w_ptr, score_ptr, sink_ptr, key_ptr, value_ptr,
+        kept_ptr, length_ptr, y_ptr, filled_ptr, part_ptr, G, width, scale,
+        R, BW, BLOCK, SLOTS, BK, M, BM, SOFTMAX, PARTS, PARTS == 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def added(at, part_ptr, BW: tl.constexpr, PARTS: tl.constexpr):
+    """What the parts of one group's rows say together, ``[BW]``."""
+    p, d = tl.arange(0, PARTS), tl.arange(0, BW)
+    parts = part_ptr + (at * PARTS + p) * (BW + 2)
+    total, best = tl.load(parts + BW), tl.load(parts + BW + 1)
+    weight = tl.exp(best - tl.max(best, 0))
+    return tl.sum(weight[:, None] * tl.load(parts[:, None] + d[None, :]), 0) / tl.sum(weight * total, 0)
+
+
+@triton.jit
+def close(
+    b, g, row, key_ptr, value_ptr, kept_ptr, length_ptr, filled_ptr, score_ptr, G, width,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """One more token in a sequence, with its score unless M is 0; where it has filled its block, the slots are
+    chosen."""
     if row >= 0:
-        if PARTS > 1:
-            p, d = tl.arange(0, PARTS), tl.arange(0, BW)
-            parts = part_ptr + ((b * G + g) * PARTS + p) * (BW + 2)
-            total, best = tl.load(parts + BW), tl.load(parts + BW + 1)
-            weight = tl.exp(best - tl.max(best, 0))
-            y = tl.sum(weight[:, None] * tl.load(parts[:, None] + d[None, :]), 0) / tl.sum(weight * total, 0)
-            tl.store(y_ptr + (b * G + g) * width + d, narrow(y, y_ptr.dtype.element_ty), mask=d < width)
+        filled = tl.load(filled_ptr + b * G + g)
+        if M > 0:
+            n = tl.arange(0, BM)
+            own_score = tl.sum(tl.load(score_ptr + (b * G + g) * M + n, mask=n < M, other=0.0), 0)
+            tl.store(kept_ptr + (row * G + g) * (SLOTS + BLOCK) + SLOTS + filled, own_score)
+            tl.debug_barrier()
         if g == 0:
             tl.store(length_ptr + row, tl.load(length_ptr + row) + 1)
-        if tl.load(full_ptr + b * G + g) != 0:
+        if filled == BLOCK - 1:
             ROWS: tl.constexpr = SLOTS + BLOCK
             c = tl.arange(0, BW)
             inside = c < width
@@ -175,6 +194,27 @@ def _close(
                 tl.store(kept + o, tl.full((BS,), -float("inf"), tl.float32), mask=o < ROWS)
 
 
+@triton.jit(do_not_specialize=["G"])
+def _close(
+    key_ptr, value_ptr, kept_ptr, length_ptr, index_ptr, filled_ptr, part_ptr, y_ptr, G, width,
+    R: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr,
+    INDEXED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Parts of the read are added, and blocks that are full are closed."""
+    after_previous(PDL)
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = place_of(index_ptr, b, INDEXED)
+    if PARTS > 1:  # noqa: SIM102 (known when it is compiled)
+        if row >= 0:
+            d = tl.arange(0, BW)
+            y = narrow(added(b * G + g, part_ptr, BW, PARTS), y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (b * G + g) * width + d, y, mask=d < width)
+    close(
+        b, g, row, key_ptr, value_ptr, kept_ptr, length_ptr, filled_ptr, kept_ptr, G, width,
+        R, BW, BLOCK, SLOTS, J, BS, 0, 1,
+    )  # fmt: skip
+
+
 def candidates() -> tuple[Table, Table]:
     """Launch tables, the fast one first (see perceive/kernels.py)."""
     safe = {"BK": 16, "num_warps": 2}
@@ -190,29 +230,34 @@ def sizes_of(
     return *sizes, *zip(("rows", "dtype"), kinds, strict=True)
 
 
+def parts_of(programs: int, cuda: bool) -> int:
+    """Parts that the rows of a group are read in, a power of two."""
+    parts, most = 1, MOST if cuda else 2  # interpreted, one comes after the other
+    while parts < most and programs * parts * 2 <= PROGRAMS:
+        parts *= 2
+    return parts
+
+
 @torch.library.custom_op("llm_mlp::memorise_step", mutates_args=("keys", "values", "scores", "length"))
 def _memorise_step(
     q: Tensor, k: Tensor, w: Tensor, score: Tensor, sink: Tensor, keys: Tensor, values: Tensor, scores: Tensor,
     length: Tensor, indices: Tensor | None, block: int, slots: int, activation: str,
 ) -> Tensor:  # fmt: skip
     (B, G, R), width, rows = q.shape, w.shape[-2] * w.shape[-1], keys.shape[2]
-    y, full = torch.empty_like(w), torch.empty((B, G), dtype=torch.int32, device=w.device)
+    y, filled = torch.empty_like(w), torch.empty((B, G), dtype=torch.int32, device=w.device)
     way = plan("memorise_step", sizes_of(R, width, block, slots, activation, q.dtype, keys.dtype))
     launch, M = way.of(candidates()), score[0, 0].numel()
     form: dict[str, Any] = {"R": R, "BW": max(16, triton.next_power_of_2(width)), "BLOCK": block, "SLOTS": slots}
     form |= {"INDEXED": indices is not None, **overlap(q, B)}
-    parts, most = 1, MOST if q.is_cuda else 2  # interpreted, one comes after the other
-    while parts < most and B * G * parts * 2 <= PROGRAMS:
-        parts *= 2
-    form["PARTS"] = parts
+    form["PARTS"] = parts = parts_of(B * G, q.is_cuda)
     partial = y.new_empty((B, G, parts, form["BW"] + 2) if parts > 1 else 0, dtype=torch.float32)
     with way.compiling():
         _step[(B, G, parts)](
-            q, k, w, score, sink, keys, values, scores, length, indices, y, full, partial, G, width, R**-0.5, **form,
+            q, k, w, score, sink, keys, values, scores, length, indices, y, filled, partial, G, width, R**-0.5, **form,
             M=M, BM=triton.next_power_of_2(M), SOFTMAX=activation == "softmax", **launch["_step"],
         )  # fmt: skip
         _close[(B, G)](
-            raw(keys), raw(values), scores, length, indices, full, partial, y, G, width, **form,
+            raw(keys), raw(values), scores, length, indices, filled, partial, y, G, width, **form,
             J=triton.next_power_of_2(rows), BS=16, **launch["_close"],
         )  # fmt: skip
     return y
