@@ -15,7 +15,8 @@ from llm_mlp.models.mixer import State
 class CapturedStep:
     """`LM.step` of a batch of one size over one pool of states, replayed without Python in between.
 
-    The model, the state's tensors and ``indices`` must stay where they are: what is captured are their addresses.
+    The model, the state's tensors and ``indices`` must stay where they are (moving the model to another dtype or device
+    makes new ones): what is captured are their addresses.
 
     Args:
         state: a pool of states; the captured steps change it in place, building this object does not.
@@ -41,6 +42,7 @@ class CapturedStep:
         torch.cuda.current_stream(device).wait_stream(stream)
         if grown := [name for name, tensor in own.items() if tensor is not state[name]]:
             raise ValueError(f"a CUDA graph cannot hold a state that grows: {', '.join(grown[:3])}")
+        self.held = model, own, indices  # the graph knows addresses only: nobody else may let go of them
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = model.step(self.tokens, own, indices)

@@ -423,10 +423,17 @@ def check(op: str, sizes: Sizes, device: str) -> list[str]:
     """What the kernels of an op get wrong at these sizes on a device, as text; empty if nothing."""
     constants: dict[str, Any] = dict(sizes)
     dtype = getattr(torch, constants.pop("dtype"))
+    before = torch.get_float32_matmul_precision()
     # Beside 16-bit inputs the kernels multiply float32 in fewer bits; so may the yardstick.
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    cases = _CASES[op](**constants, dtype=dtype, device=device)
-    failures = []
+    try:
+        return _failures(op, _CASES[op](**constants, dtype=dtype, device=device))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _failures(op: str, cases: list[Case]) -> list[str]:
+    failures: list[str] = []
     ways = _forward_only if op.endswith("_step") else both_ways
     for number, (run, inputs) in enumerate(cases):
         truth = ways(run("chunked"), [x.double() for x in inputs])

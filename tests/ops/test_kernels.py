@@ -308,6 +308,7 @@ def test_the_same_slots(case, unknown, monkeypatch, poisoned):
 
     B, T, cu, block, slots, before, chain = CHOICES[case]
     monkeypatch.setattr(kernels, "CHAIN", chain)
+    torch.set_float32_matmul_precision("highest")  # of `chunked`, on a GPU
     make = torch.Generator().manual_seed(3)
     bounds = None if cu is None else torch.tensor(cu)
     size = {"block": block, "slots": slots}
