@@ -175,6 +175,44 @@ def test_bench(call, tmp_path):
         assert {"device", "torch", "commit", "seed", "time"} <= line.keys()
 
 
+class Metered:
+    """Takes the place of `Energy`: ten joules each time it is asked."""
+
+    def __init__(self, device: object) -> None:
+        self.now = 0.0
+
+    def joules(self) -> float:
+        self.now += 10
+        return self.now
+
+
+@pytest.mark.parametrize("metered", [True, False])
+def test_bench_decode_tells_energy_and_plots(call, tmp_path, monkeypatch, metered):
+    from llm_mlp import energy
+    from llm_mlp.bench import speed
+
+    monkeypatch.setattr(energy, "RAPL", tmp_path / "none")
+    monkeypatch.setattr(speed, "WINDOW", 0.05)
+    if metered:
+        monkeypatch.setattr(speed, "Energy", Metered)
+    results, plot = tmp_path / "speed.jsonl", tmp_path / "plots" / "decode.html"
+    args = ("--contexts", "16,32", "--batch", "1,2", "--steps", 2, "--results", results, "--plot", plot)
+    status, out, _ = call("bench", "decode", "--preset", "demo", *args)
+    assert status == 0 and out.count("context") == 4
+    assert ("J a token" in out) == metered and ("energy unavailable" in out) != metered
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["batch"], line["context"]) for line in lines] == [(1, 16), (1, 32), (2, 16), (2, 32)]
+    for line in lines:
+        for part in ("joules_per_token", "watts"):
+            assert set(line[part]) == {"demo", "demo-transformer"}
+            assert all((value is not None and value > 0) == metered for value in line[part].values())
+    page = plot.read_text()
+    kinds = 5 if metered else 3
+    # By context for both batches, by batch for both contexts.
+    assert page.count("<figure>") == 4 * kinds and "Decoding demo" in page and "Decoding, batch 2" in page
+    assert ("Unavailable here, and not plotted: Energy, batch 1" in page) != metered
+
+
 @pytest.mark.parametrize("op", ["perceive", "memorise"])
 def test_bench_op(call, tmp_path, op):
     results = tmp_path / "op.jsonl"

@@ -6,15 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_mlp.allocator import keep_freed_memory
+from llm_mlp.bench.plot import plot_decoding
 from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
+from llm_mlp.energy import WINDOW, Energy, Spent
 from llm_mlp.models import LM, build_model
 from llm_mlp.models.capture import CapturedGradients, CapturedStep
 from llm_mlp.precision import DTYPES, Precision
@@ -40,6 +43,24 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def energy_each(call: Callable[[], Any], device: torch.device) -> dict[str, float | None]:
+    """Joules of one call, and the device's mean power over a second of them; None where unavailable, without a call."""
+    energy, count = Energy(device), 0
+    if energy.joules() is None:
+        return {"joules": None, "watts": None}
+    end = time.perf_counter() + WINDOW  # counters move each tens of milliseconds
+    with Spent(energy) as spent:
+        while time.perf_counter() < end:
+            timed(call, device)
+            count += 1
+    return {"joules": None if spent.joules is None else spent.joules / count, "watts": spent.watts}
+
+
+def joules_told(joules: float | None) -> str:
+    """Of a token, as a line says it."""
+    return "energy unavailable" if joules is None else f"{joules:.3g} J a token"
 
 
 def _pair(preset: str, device: torch.device) -> dict[str, LM]:
@@ -134,8 +155,9 @@ def _need_cuda(device: torch.device) -> None:
 @torch.no_grad()
 def time_decoding(
     model: LM, context: int, steps: int, batch: int = 1, graph: bool = False, narrow: torch.dtype | None = None
-) -> dict[str, float]:
-    """Median seconds a step after ``context`` random tokens, and the bytes of a sequence's state there.
+) -> dict[str, Any]:
+    """Median seconds a step after ``context`` random tokens, the bytes of a sequence's state there, and `energy_each`
+    of some more steps (a cache grows by as many).
 
     ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph. ``narrow``: dtype that fast
     weights are kept in while decoding; None: that of their sums.
@@ -159,22 +181,24 @@ def time_decoding(
     for _ in range(3):
         call()
     times = [timed(call, device) for _ in range(steps)]
-    return {"seconds": statistics.median(times), "state_bytes": size}
+    return {"seconds": statistics.median(times), "state_bytes": size, **energy_each(call, device)}
 
 
 def bench_decoding(
     preset: str,
     contexts: list[int],
     steps: int,
-    batch: int,
+    batches: list[int],
     precision: str,
     states: str,
     graph: bool,
     results: str | Path | None,
+    plot: Path | None,
     threads: int,
     device: str,
 ) -> Iterator[str]:
-    """Preset and twin at each context; yields a line a context, records tokens/s, state bytes and the ratio.
+    """Preset and twin at each batch and context; yields a line for each, records tokens/s, state bytes, energy and the
+    ratio.
 
     ``states``: of fast weights, fp32 or a 16-bit format. ``graph``: the preset's steps as a CUDA graph; the twin's
     cache grows, so its steps are launched one by one and no ratio is given. A twin whose caches do not fit has none.
@@ -188,7 +212,8 @@ def bench_decoding(
     models = _pair(preset, on)
     for model in models.values():
         model.to(torch.float32 if precision == "fp32" else DTYPES[precision])
-    for context in contexts:
+    rows = []
+    for batch, context in product(batches, contexts):
         found, too_large = {}, ""
         for name, model in models.items():
             own = name == preset
@@ -205,16 +230,20 @@ def bench_decoding(
         size = {name: f["state_bytes"] for name, f in found.items()}
         twin = preset + TWIN
         ratio = None if graph or too_large else speed[preset] / speed[twin]
-        if results:
-            facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "states": states}
-            facts |= {"graph": graph, "tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
-            record(results, "decode-speed", facts, device=on, seed=0)
+        energy = {name: None if f["joules"] is None else f["joules"] / batch for name, f in found.items()}
+        facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "states": states}
+        facts |= {"graph": graph, "tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
+        facts |= {"joules_per_token": energy, "watts": {name: f["watts"] for name, f in found.items()}}
+        rows.append(record(results, "decode-speed", facts, device=on, seed=0))
         beside = too_large or (
             f"{speed[twin]:>8,.1f}"
             + (" (not in a graph)" if ratio is None else f", ratio {ratio:.2f}")
-            + f"; its state {size[twin] / 1e6:.1f} MB"
+            + f"; its state {size[twin] / 1e6:.1f} MB, {joules_told(energy[twin])}"
         )
         yield (
-            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, {1e3 * batch / speed[preset]:.2f} ms a step, "
-            f"state {size[preset] / 1e6:.1f} MB; twin: {beside}"
+            f"batch {batch:>3}, context {context:>6}: {speed[preset]:>8,.1f} tokens/s, "
+            f"{1e3 * batch / speed[preset]:.2f} ms a step, "
+            f"state {size[preset] / 1e6:.1f} MB, {joules_told(energy[preset])}; twin: {beside}"
         )
+    if plot is not None:
+        plot_decoding(plot, rows)

@@ -53,6 +53,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    energy_joules: float | None = Field(description="its share of the device's; null: unavailable, or too little")
 
 
 class Choice(BaseModel):

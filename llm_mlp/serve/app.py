@@ -606,14 +606,21 @@ class _Writer:
 
     def __init__(self, service: Service, kind: _Kind, prompt: Prompt, body: Generation, user: str) -> None:
         self.service, self.kind, self.prompt, self.body, self.user = service, kind, prompt, body, user
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": kind.prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": service.settings.name,
         }
-        self.tokens = 0
+        self.tokens, self.joules = 0, 0.0
         self.facts = {"id": self.head["id"], "prompt_tokens": prompt.tokens, "cached_tokens": prompt.cached}
-        self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0]}
+        self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0], "energy_joules": None}
+
+    def count(self, piece: Piece) -> None:
+        """What a piece adds to what was used."""
+        self.tokens += len(piece.tokens)
+        self.joules += piece.joules or 0.0
+        # Nothing runs without energy: where none was told, nobody knows.
+        self.facts |= {"completion_tokens": self.tokens, "energy_joules": round(self.joules, 6) or None}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -623,6 +630,7 @@ class _Writer:
             "completion_tokens": self.tokens,
             "total_tokens": read + self.tokens,
             "prompt_tokens_details": {"cached_tokens": self.prompt.cached, "cache": self.prompt.reason},
+            "energy_joules": self.facts["energy_joules"],
         }
 
     async def _saved(self, piece: Piece) -> dict[str, Any] | None:
@@ -639,8 +647,7 @@ class _Writer:
 
         try:
             async for piece in _both(first, pieces):
-                self.tokens += len(piece.tokens)
-                self.facts["completion_tokens"] = self.tokens
+                self.count(piece)
                 saved = await self._saved(piece)
                 if not piece.text and piece.finish is None and (self.kind.alternatives is None or not piece.tokens):
                     continue
@@ -666,13 +673,12 @@ class _Writer:
             async for piece in pieces:
                 texts[piece.index] += piece.text
                 tokens[piece.index] += piece.tokens
-                self.tokens += len(piece.tokens)
+                self.count(piece)
                 if piece.finish is not None:
                     finish[piece.index] = piece.finish
                 saved = await self._saved(piece) or saved
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
-        self.facts["completion_tokens"] = self.tokens
         choices = [self.kind.whole(i, texts[i], finish[i], self.kind.logprobs(tokens[i], 0)) for i in range(n)]
         found = {**self.head, "object": self.kind.objects[0], "choices": choices, "usage": self.usage}
         return found | {"context": saved}

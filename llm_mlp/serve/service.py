@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from llm_mlp.context import Context, ContextError, Reader, Recall, Store, ask, default_folder, plant
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.energy import Energy
 from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
 from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
@@ -87,6 +88,7 @@ class Piece:
     read: int = 0
     final: Start | None = None
     transition: State | None = None  # of the text behind ``final``, where it was asked for
+    joules: float | None = None  # of what ended with it
 
 
 class Text:
@@ -141,8 +143,17 @@ class Prompt:
 class Service:
     """A model behind an engine in a thread of its own. `start`, then requests, then `close`."""
 
-    def __init__(self, model: LM, tokenizer: Tokenizer, template: ChatTemplate, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        settings: Settings,
+        energy: Energy | None = None,
+    ) -> None:
+        """``energy``: None: what this machine tells of the model's device."""
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
+        self.energy = energy or Energy(next(model.parameters()).device)
         stored = 0 if settings.memory is None else settings.memory // 4
         slots, line = slots_within(model, settings.slots, settings.memory, stored)
         log.info("%s", line)
@@ -154,6 +165,7 @@ class Service:
             queue=settings.queue,
             invariant=settings.invariant,
             vocabulary=tokenizer.vocab_size,
+            energy=self.energy,
         )
         self.reader = Reader(model, tokenizer)
         self.grammars = Grammars(tokenizer, max_bytes=settings.schema_bytes, seconds=settings.schema_seconds)
@@ -347,6 +359,7 @@ class Service:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
         deadline = started + self.settings.timeout
+        before: float | None = None  # joules
         if n > 1:
             load = self.engine.load
             if load["waiting"] + n > self.engine.queue + load["free"]:  # before anything is read for them
@@ -354,7 +367,7 @@ class Service:
             if len(request.prompt):
                 # Read once; the answers go on from copies of the state, as separate requests would from their own.
                 end = await self._read(replace(request, max_tokens=0, keep=True))
-                request = replace(request, prompt=[], start=end)
+                request, before = replace(request, prompt=[], start=end.final), end.joules
 
         def emitter(index: int) -> Callable[[Event], None]:
             def emit(event: Event) -> None:
@@ -365,7 +378,7 @@ class Service:
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
         last = [started] * n
-        written, again = [""] * n, [False] * n
+        written = [""] * n
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -385,16 +398,17 @@ class Service:
                         index, event = await queue.get()
                 except TimeoutError:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
-                if index not in open_:
-                    continue
                 if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
                     raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
+                made_again, index = index >= n, index % n
                 now, text = loop.time(), texts[index]
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
-                piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final)
+                piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final, joules=event.joules)
+                if before is not None:
+                    piece.joules, before = before + (piece.joules or 0), None
                 if event.token is not None:
                     (self.between if last[index] > started else self.first).observe(now - last[index])
                     last[index] = now
@@ -406,16 +420,13 @@ class Service:
                         tickets[index].cancel()
                         if request.keep:
                             # The state has read the stop text: it is made again from the answer without it.
-                            again[index] = True
                             answer = self.reader.encode(written[index], begin=False)
                             own = Request([*request.prompt, *answer], 0, start=request.start, keep=True)
-                            tickets.append(self.engine.submit(own, emitter(index)))
-                        else:
-                            piece.finish = "stop"
-                elif again[index]:
-                    if event.final is None:  # of the request that was stopped
-                        continue
-                    piece.finish = "stop"
+                            tickets.append(self.engine.submit(own, emitter(n + index)))
+                elif text.stopped:
+                    # Within a step the engine has heard of it, and says what the answer took.
+                    ended = event.finish is not None and made_again == request.keep
+                    piece.finish, piece.final = "stop" if ended else None, event.final if made_again else None
                 elif event.finish is not None:
                     piece.text = text.finish()
                 if piece.final is not None and closing:
@@ -427,12 +438,12 @@ class Service:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def _read(self, request: Request) -> Start:
-        """The state after a prompt of which nothing is written."""
+    async def _read(self, request: Request) -> Piece:
+        """With the state after a prompt of which nothing is written."""
         async with contextlib.aclosing(self.run(request, [])) as pieces:
             async for piece in pieces:
                 if piece.final is not None:
-                    return piece.final
+                    return piece
         raise Refused(500, "the reading ended without a state")
 
     async def observed(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
@@ -478,7 +489,8 @@ class Service:
         planted = await asyncio.to_thread(plant, self.reader, context)
         if len(planted.tokens) > (most := self.settings.max_prompt):
             raise Refused(400, f"with what is planted {len(planted.tokens):,} tokens; {most:,} are read", "context")
-        end = await self._read(Request(planted.tokens.tolist(), 0, keep=True))
+        end = (await self._read(Request(planted.tokens.tolist(), 0, keep=True))).final
+        assert end is not None
         return await self.between_steps(partial(ask, self.reader, planted, end.state))
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
@@ -528,3 +540,8 @@ class _Gauges:
         for tier in ("disk", "ram", "device"):
             tiers.add_metric([tier], sum(row[f"{tier}_bytes"] for row in usage))
         yield tiers
+        joules, watts = self._service.energy.joules(), self._service.energy.watts()
+        if joules is not None:  # a number that nobody knows is absent, not zero
+            yield CounterMetricFamily("llm_mlp_energy_joules", "Of the device since the start.", joules)
+        if watts is not None:
+            yield GaugeMetricFamily("llm_mlp_energy_watts", "Mean power of the device between two scrapes.", watts)

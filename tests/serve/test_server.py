@@ -356,6 +356,52 @@ def test_what_is_measured(http, client):
     assert "<main>" in http.get("/").text
 
 
+class Meter:
+    """A joule each time it is asked; ``None``: unavailable."""
+
+    def __init__(self, joules):
+        self.now = joules
+
+    def joules(self):
+        if self.now is not None:
+            self.now += 1.0
+        return self.now
+
+    def watts(self):
+        return None if self.now is None else 12.5
+
+
+@pytest.mark.parametrize("begin", [100.0, None])
+def test_energy_is_told_or_unavailable(model, tmp_path, caplog, begin):
+    """In whole answers, streams, /metrics and the log; a machine that tells none says null, never zero."""
+    caplog.set_level("INFO", "llm_mlp.serve")
+    energy = Meter(begin)
+    with (
+        serving(tmp_path, model=model, energy=energy) as (url, _),
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        how = {"model": "llm-mlp", "max_tokens": 4, "temperature": 0}
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        _, text = expected(model, "The mill", 40)
+        found = [
+            client.completions.create(prompt="The mill", **how),
+            client.chat.completions.create(messages=HELLO, **how),
+            list(client.completions.create(prompt="The mill", **how, **stream))[-1],
+            list(client.chat.completions.create(messages=HELLO, **how, **stream))[-1],
+            client.completions.create(prompt="The mill", **how | {"max_tokens": 40}, stop=text[8:11]),
+        ]
+        # One mark when it joins, one when it leaves.
+        assert [x.usage.energy_joules for x in found] == ([None] * 5 if begin is None else [1.0] * 5)
+        # Two answers, of one prompt that is read once: three to five marks in which somebody runs, as they come.
+        several = client.completions.create(prompt="The mill", n=2, **how).usage.energy_joules
+        assert several is None if begin is None else 3 <= several <= 5
+        metrics = httpx.get(url + "/metrics").text
+        assert (f"llm_mlp_energy_joules_total {energy.now}" in metrics) == (begin is not None)
+        assert ("llm_mlp_energy_watts 12.5" in metrics) == ("llm_mlp_energy" in metrics) == (begin is not None)
+    rows = [json.loads(r.message) for r in caplog.records if '"path": "/v1/' in r.message]
+    assert [r["energy_joules"] for r in rows] == [x.usage.energy_joules for x in found] + [several]
+
+
 def test_shutting_down_lets_answers_end(model, tmp_path):
     answers = []
     with serving(tmp_path, model=model) as (url, service):
