@@ -405,12 +405,21 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
     status, out, _ = call("context", "compose", "both", "a", "b", *model)
     assert status == 0 and out.startswith("both: ")
     assert call("generate", *model, "--context", "both", "--prompt", " It", "--max-tokens", "3")[0] == 0
+    status, out, _ = call("context", "compose", "told", "a", "b", *model, "--recall")
+    assert status == 0 and out.count("of 64 planted pairs") == 4 and out.count("by chance 1.6%") == 2
+    assert "recall of a: composed" in out and "recall of b: composed" in out
+    rows = json.loads(call("context", "compose", "json", "b", "a", *model, "--recall", "--json")[1])["recall"]
+    assert [row["source"] for row in rows] == ["b", "a"]
+    assert all(row[how]["pairs"] == 64 for row in rows for how in ("composed", "concatenated"))
+    assert call("context", "create", "brief", *model, "--text", "No.", "--composable")[0] == 0
     status, out, _ = call("context", "show", "a", *model, "--recall")
     assert status == 0 and "of 64 planted pairs" in out
     assert json.loads(call("context", "show", "a", *model, "--recall", "--json")[1])["recall"]["pairs"] == 64
     for args, says in (
         (("compose", "x", "a", "c", *model), "read without its transitions"),
         (("compose", "both", "a", *model), "'both' exists"),
+        (("compose", "x", "a", "brief", *model, "--recall"), "too short for 64 pairs"),
+        (("show", "x"), "does not exist"),  # nothing was stored
         (("show", "a", "--recall"), "--recall asks the model"),
         (("show", "both", *model, "--recall"), "is composed"),
     ):

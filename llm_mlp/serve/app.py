@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from llm_mlp.context import Context, ContextError, compose, describe, diff
+from llm_mlp.context import Context, ContextError, describe, diff
 from llm_mlp.context.store import examine, summary
 from llm_mlp.infer import Full, Request
 from llm_mlp.serve import answers
@@ -269,7 +269,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             if not ids:
                 raise Refused(400, f"input {index} is empty", "input")
             total += len(ids)
-            vector = await service.between_steps(partial(service.embed, ids))
+            vector = await service.embed(ids)
             data: Any = vector.tolist()
             if body.encoding_format == "base64":
                 data = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
@@ -388,9 +388,9 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
         return await asyncio.to_thread(_row, service, user, body.to)
 
     @app.post("/v1/contexts/{name}/undo", response_model=answers.ContextRow)
-    async def undo(name: str, body: UndoRequest, user: User) -> dict[str, Any]:
+    async def undo(name: str, body: UndoRequest, http: HTTP, user: User) -> dict[str, Any]:
         service.known(user, name)
-        await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
+        await _unless_gone(http, service.undo(user, name, body.steps))
         return await asyncio.to_thread(_row, service, user, name)
 
 
@@ -408,21 +408,25 @@ def _add_context_tools(app: FastAPI, service: Service) -> None:
 
         return await asyncio.to_thread(found)
 
-    @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextRow)
-    async def composed(name: str, body: ComposeRequest, user: User) -> dict[str, Any]:
+    @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextComposed)
+    async def composed(name: str, body: ComposeRequest, http: HTTP, user: User) -> dict[str, Any]:
         _free(service, user, name, "name")
 
         def parts() -> list[Context]:
             return [service.context(user, each) for each in body.contexts]
 
-        separator = [service.tokenizer.eos]
-        context = await service.between_steps(
-            partial(compose, service.reader, await asyncio.to_thread(parts), separator)
-        )
+        own = await asyncio.to_thread(parts)
+        context = await _unless_gone(http, service.compose(own))
+        found = await _unless_gone(http, service.recall_composed(own)) if body.recall else None
         await asyncio.to_thread(
             partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
         )
-        return await asyncio.to_thread(_row, service, user, name)
+        rows = (
+            None
+            if found is None
+            else [{"source": source} | each.report() for source, each in zip(body.contexts, found, strict=True)]
+        )
+        return await asyncio.to_thread(_row, service, user, name) | {"recall": rows}
 
     @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
     async def recall(name: str, http: HTTP, user: User) -> Any:

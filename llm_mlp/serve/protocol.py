@@ -197,6 +197,7 @@ class AppendRequest(Body):
 
 class ComposeRequest(Body):
     contexts: list[str] = Field(min_length=1, max_length=16)  # the work grows with the square of their number
+    recall: bool = Field(False, description="measure what comes back of each, beside reading them as one text")
     expires_seconds: Expires = None
 
 

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,19 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from llm_mlp.context import Context, ContextError, Reader, Recall, Store, ask, default_folder, plant
+from llm_mlp.context import (
+    Context,
+    ContextError,
+    Reader,
+    Recall,
+    SourceRecall,
+    Store,
+    ask,
+    composing,
+    default_folder,
+    plant,
+    plant_each,
+)
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.energy import Energy
@@ -440,7 +452,11 @@ class Service:
 
     async def _read(self, request: Request) -> Piece:
         """With the state after a prompt of which nothing is written."""
-        async with contextlib.aclosing(self.run(request, [])) as pieces:
+        return await self._last(self.run(request, []))
+
+    async def _last(self, pieces: AsyncGenerator[Piece, None]) -> Piece:
+        """The piece with the state after what is read."""
+        async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if piece.final is not None:
                     return piece
@@ -487,15 +503,81 @@ class Service:
             ContextError: a text too short. Refused: one too long, or over time.
         """
         planted = await asyncio.to_thread(plant, self.reader, context)
-        if len(planted.tokens) > (most := self.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(planted.tokens):,} tokens; {most:,} are read", "context")
-        end = (await self._read(Request(planted.tokens.tolist(), 0, keep=True))).final
-        assert end is not None
+        end = await self._read_planted(planted.tokens, "context")
         return await self.between_steps(partial(ask, self.reader, planted, end.state))
+
+    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
+        """The state after a text with planted pairs, which is read as any prompt is."""
+        if len(tokens) > (most := self.settings.max_prompt):
+            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
+        end = (await self._read(Request(tokens.tolist(), 0, keep=True))).final
+        assert end is not None
+        return end
+
+    async def compose(self, contexts: Sequence[Context]) -> Context:
+        """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
+        end = await self.in_pieces(composing(self.reader, contexts, [self.tokenizer.eos]))
+        return await asyncio.to_thread(self.reader.composed, end)
+
+    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
+        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
+        separator = torch.tensor([self.tokenizer.eos])
+        planted = await asyncio.to_thread(plant_each, self.reader, contexts, len(separator))
+        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
+        apart = []
+        for one in planted:
+            piece = await self._last(self.observed(Prompt(one.tokens.tolist())))
+            assert piece.final is not None
+            apart.append(await asyncio.to_thread(self.reader.wrap, piece.final, None, piece.transition))
+        states = (await self.compose(apart)).state, whole.state
+        return [
+            SourceRecall(*[await self.between_steps(partial(ask, self.reader, one, state)) for state in states])
+            for one in planted
+        ]
+
+    async def undo(self, user: str, name: str, steps: int) -> None:
+        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
+
+        Raises:
+            ContextError: no such mark. Refused: over time.
+        """
+        store = self.store(user)
+        plan = await asyncio.to_thread(store.plan_undo, name, self.reader, steps=steps)
+        made, before = plan.exact, plan.nearest
+        if made is None:
+            start, done = (None, 0) if before is None else (before.start, len(before.tokens))
+            ids = plan.now.tokens[done : plan.tokens].tolist()
+            if plan.composable:
+                piece = await self._last(self.observed(Prompt(ids, start, before, done)))
+            else:
+                piece = await self._read(Request(ids, 0, start=start, keep=True))
+            assert piece.final is not None
+            made = await asyncio.to_thread(self.reader.replayed, plan.now, piece.final, before, piece.transition)
+        await asyncio.to_thread(store.go_back, plan, made)
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
+
+    async def in_pieces(self, work: Generator[None, None, Found]) -> Found:
+        """What a generator returns, each of its pieces run between two of the engine's steps.
+
+        Raises:
+            Refused: 504 over time.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+
+        def piece() -> tuple[Found] | None:
+            try:
+                next(work)
+            except StopIteration as end:
+                return (end.value,)
+            return None
+
+        while (done := await self.between_steps(piece)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+        return done[0]
 
     def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
         """A few ids more. Not a request of its own: that would wait behind all others, or find the queue full."""
@@ -503,14 +585,17 @@ class Service:
         tokens = torch.cat([torch.as_tensor(start.tokens), torch.tensor(ids, dtype=torch.int32)])
         return Start(tokens, state, logits)
 
-    def embed(self, ids: list[int]) -> torch.Tensor:
+    async def embed(self, ids: list[int]) -> torch.Tensor:
         """The mean of the final normed hidden states, of length 1, float32."""
+        return await self.in_pieces(self._embedding(ids))
+
+    def _embedding(self, ids: list[int]) -> Generator[None, None, torch.Tensor]:
         state, total = None, torch.zeros((), dtype=torch.float64)
         device = next(self.model.parameters()).device
-        with torch.no_grad():
-            for a in range(0, len(ids), self.settings.chunk):
-                x, state = self.model.hidden(torch.tensor([ids[a : a + self.settings.chunk]], device=device), state)
-                total = total + x[0].double().sum(0).cpu()
+        for a in range(0, len(ids), self.settings.chunk):
+            x, state = self.model.hidden(torch.tensor([ids[a : a + self.settings.chunk]], device=device), state)
+            total = total + x[0].double().sum(0).cpu()
+            yield
         return torch.nn.functional.normalize(total, dim=0).float()
 
 

@@ -215,17 +215,18 @@ def test_a_stored_text_is_found_by_a_prompt_that_begins_with_it(client, http):
     )
 
 
-def test_a_saved_answer_ends_where_its_text_does(client, http, model):
-    """A stop text is not in the context that is saved."""
+@pytest.mark.parametrize("last", [False, True])
+def test_a_saved_answer_ends_where_its_text_does(client, server, model, last):
+    """A stop text is not in the context that is saved, also where it is the last that may be written."""
     _, tokenizer = model
-    _, text = expected(model, "The mill", 40)
-    stop = text[8:11]
-    found = client.completions.create(
-        model="llm-mlp", prompt="The mill", max_tokens=40, temperature=0, stop=stop, extra_body={"save_context": "cut"}
-    )
-    assert found.choices[0].text == text[: text.index(stop)]
-    ids = [tokenizer.eos, *tokenizer.encode("The mill"), *tokenizer.encode(found.choices[0].text)]
-    assert http.get("/v1/contexts/cut").json()["tokens"] == len(ids)
+    ids, text = expected(model, "The mill", 40)
+    stop, name = text[8:11], f"cut-{last}"
+    most = next(n for n in range(40) if stop in tokenizer.decode(ids[:n])) if last else 40
+    how = {"max_tokens": most, "temperature": 0, "stop": stop, "extra_body": {"save_context": name}}
+    found = client.completions.create(model="llm-mlp", prompt="The mill", **how)
+    assert found.choices[0].text == text[: text.index(stop)] and found.choices[0].finish_reason == "stop"
+    want = [tokenizer.eos, *tokenizer.encode("The mill"), *tokenizer.encode(found.choices[0].text)]
+    assert server[1].store("").get(name).tokens.tolist() == want
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
