@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+from functools import partial
 
 import httpx
 import numpy as np
@@ -286,39 +288,46 @@ class Beside(threading.Thread):
         return found
 
 
+@contextlib.contextmanager
+def quiet_server(model, folder):
+    """(a client, URL, the service) of a server with room for one stream and what is done beside it."""
+    with (
+        serving(folder, model=model, slots=2, max_tokens=100_000) as (url, service),
+        httpx.Client(base_url=url, timeout=120) as http,
+    ):
+        yield http, url, service
+
+
 @pytest.mark.parametrize("composable", [False, True])
 def test_streams_keep_their_pace_while_a_text_is_read_again(model, tmp_path, composable):
-    with serving(tmp_path, model=model, slots=2, max_tokens=100_000) as (url, service):
-        with httpx.Client(base_url=url, timeout=120) as http:
-            first = made(http, "long", TEXT * 8, composable=composable)
-            http.post("/v1/contexts/long/append", json={"text": " And more."})
-            service.store("")._delete(first["id"])
-            with Beside(url, service) as beside:
-                call = lambda: http.post("/v1/contexts/long/undo", json={})  # noqa: E731
-                found = beside.keeps_its_pace(call, first["tokens"] // 32)
+    with quiet_server(model, tmp_path) as (http, url, service):
+        first = made(http, "long", TEXT * 8, composable=composable)
+        http.post("/v1/contexts/long/append", json={"text": " And more."})
+        service.store("")._delete(first["id"])
+        with Beside(url, service) as beside:
+            undo = partial(http.post, "/v1/contexts/long/undo", json={})
+            found = beside.keeps_its_pace(undo, first["tokens"] // 32)
         assert found.status_code == 200 and found.json()["replayed"] and found.json()["tokens"] == first["tokens"]
         back = service.store("").get("long", service.reader)
-        want = service.reader.create(back.tokens)
-        assert (back.logits - want.logits).abs().max() < 1e-3 and back.manifest.marks == [first["tokens"]]
-        assert (back.transition is not None) == composable
+    want = service.reader.create(back.tokens)
+    assert (back.logits - want.logits).abs().max() < 1e-3 and back.manifest.marks == [first["tokens"]]
+    assert (back.transition is not None) == composable
 
 
-def test_streams_keep_their_pace_while_contexts_are_composed(model, tmp_path):
-    with serving(tmp_path, model=model, slots=2, max_tokens=100_000) as (url, service):
-        with httpx.Client(base_url=url, timeout=120) as http:
-            names = [f"n{i}" for i in range(16)]
-            for name in names:
-                made(http, name, TEXT[:300] + name, composable=True)
-            parts = [service.store("").get(name, service.reader) for name in names]
-            pieces = len(list(composing(service.reader, parts, [service.tokenizer.eos])))
-            assert pieces == len(service.model.blocks) * (16 + 1)
-            with Beside(url, service) as beside:
-                call = lambda: http.post("/v1/contexts/all/compose", json={"contexts": names})  # noqa: E731
-                assert beside.keeps_its_pace(call, pieces).status_code == 201
-                text = {"input": TEXT * 4}  # of which the mean is taken
-                tokens = len(service.prompt_ids(text["input"]))
-                call = lambda: http.post("/v1/embeddings", json=text)  # noqa: E731
-                assert beside.keeps_its_pace(call, tokens // 32).status_code == 200
+def test_streams_keep_their_pace_while_contexts_are_composed_and_texts_embedded(model, tmp_path):
+    with quiet_server(model, tmp_path) as (http, url, service):
+        names = [f"n{i}" for i in range(16)]
+        for name in names:
+            made(http, name, TEXT[:300] + name, composable=True)
+        parts = [service.store("").get(name, service.reader) for name in names]
+        pieces = len(list(composing(service.reader, parts, [service.tokenizer.eos])))
+        assert pieces == len(service.model.blocks) * (16 + 1)
+        with Beside(url, service) as beside:
+            compose_all = partial(http.post, "/v1/contexts/all/compose", json={"contexts": names})
+            assert beside.keeps_its_pace(compose_all, pieces).status_code == 201
+            embed = partial(http.post, "/v1/embeddings", json={"input": TEXT * 4})
+            tokens = len(service.prompt_ids(TEXT * 4))
+            assert beside.keeps_its_pace(embed, tokens // 32).status_code == 200
 
 
 def test_an_append_can_set_when_a_context_expires(http):
