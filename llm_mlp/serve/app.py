@@ -249,8 +249,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", response_model=answers.ChatAnswer, responses={200: EVENTS})
     async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:
-        tools = body.tools if body.tool_choice != "none" else None
-        ids = await asyncio.to_thread(service.chat_ids, body.messages, tools, begin=body.context is None)
+        ids = await asyncio.to_thread(service.chat_ids, body.messages, body.shown_tools, begin=body.context is None)
         kind = _Chat(service, body.alternatives, [*body.stops, *service.template.stop])
         return await answer(http, body, user, kind, ids, body.max_completion_tokens or body.max_tokens)
 

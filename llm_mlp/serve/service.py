@@ -283,8 +283,13 @@ class Service:
         """Ids of a conversation up to where the assistant answers; ``begin`` as for `prompt_ids`.
 
         Raises:
-            Refused: messages that the template refuses, or that cannot be encoded.
+            Refused: messages that the template refuses or does not show, or that cannot be encoded.
         """
+        if tools and not self.template.shows_tools:
+            raise Refused(400, "tools: this model's chat template does not show them; leave them out", "tools")
+        if any(m.tool_calls for m in messages) and not self.template.shows_calls:
+            why = "messages: this model's chat template does not show tool_calls; write them in the content"
+            raise Refused(400, why, "messages")
         try:
             ids = self.template.encode([m.plain() for m in messages], tools, generate=True).ids
         except ValueError as error:  # ChatError, TokenizerError, and parts that are no text
