@@ -60,6 +60,10 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
             kinds[name] = "constexpr"
         elif name == "order_ptr":
             kinds[name] = "*i64"
+        elif name.startswith("scale") and name.endswith("_ptr"):
+            kinds[name] = "*bf16"
+        elif constants.get(f"SCALE{name[1:2]}") and name[0] == "w":
+            kinds[name] = "*i8"
         elif name in INTEGERS:
             wide = name == "start_ptr" and ("slot_ptr" in kernel.arg_names or "top_ptr" in kernel.arg_names)
             kinds[name] = "*i64" if wide else "*i32"
@@ -78,9 +82,12 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     return kinds
 
 
-def show(kernel: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int, capability: int) -> None:
+def show(
+    kernel: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int, capability: int, rows: str = ""
+) -> None:
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     kinds = signature(kernel, constants, dtype)
+    kinds |= {name: rows for name in ("key_ptr", "value_ptr") if rows and name in kinds}
     # Pointers as torch hands them out: at multiples of 16 bytes, so that loads are wide; rows likewise.
     aligned = {
         (n,): [["tt.divisibility", 16]]
@@ -190,19 +197,22 @@ def main() -> None:
         form = {"R": args.features, "BW": width, "BLOCK": 256, "SLOTS": 64}
         matrices = {"NORM": True, "RELU2": False, "RESIDUAL": False, "MATRICES": 3, "PRECISION": "tf32"}
         matrices |= {f"BIAS{n}": True for n in range(3)}
+        kinds = ({**matrices, **{f"SCALE{n}": on for n in range(3)}} for on in (False, True))  # bf16, int8
         sizes = one.constants(args.heads, args.value_width)
         for kernel, constants in (
             (perceive_steps._step, {"F": args.features, **sizes, "SCALAR": True, "INDEXED": True}),
             (memorise_steps._step, {**form, "BK": 32, "M": 4, "BM": 4, "SOFTMAX": False, "INDEXED": True, "PARTS": 16}),
             (memorise_steps._close, {**form, "J": 512, "BS": 16, "INDEXED": True, "PARTS": 16}),
             (heads._gates_step, {"BH": 32, "BE": 8, "DECAY": True, "SHARE": True}),
-            (linear_step._linear, {**linear_step.tiles(1, 4096, 1024), **matrices}),
-            (linear_step._linear, {**linear_step.tiles(16, 4096, 1024), **matrices}),
+            *((linear_step._linear, {**linear_step.tiles(b, 4096, 1024), **m}) for m in kinds for b in (1, 16)),
             (heads._inputs_step, {n: x for n, x in inputs.items() if n != "CARRIED"} | {"INDEXED": True}),
         ):
             if "PDL" in kernel.arg_names:
                 constants = {**constants, "PDL": True}
             show(kernel, constants, args.dtype, warps, args.stages, args.capability)
+            if kernel in (memorise_steps._step, memorise_steps._close):  # rows in 8 bits, moved as bytes
+                eight_bits = "*fp8e4nv" if kernel is memorise_steps._step else "*u8"
+                show(kernel, constants, args.dtype, warps, args.stages, args.capability, eight_bits)
 
 
 if __name__ == "__main__":

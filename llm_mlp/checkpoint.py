@@ -7,6 +7,7 @@ previous checkpoint as it was.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +22,10 @@ from torch import Tensor
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
+from llm_mlp.models.mixer import STATES
+from llm_mlp.weights import WEIGHTS, activations, hold
+
+log = logging.getLogger("llm_mlp.checkpoint")
 
 FORMAT_VERSION = 1
 
@@ -107,7 +112,12 @@ def write_model(
     """config.json, tokenizer.json and, with ``weights``, model.safetensors into an existing folder.
 
     ``tensors``: weights to write instead of the model's own.
+
+    Raises:
+        CheckpointError: the model is quantised; what it was made of is the checkpoint.
     """
+    if weights and tensors is None and model.quantization != "none":
+        raise CheckpointError(f"{folder}: {model.quantization} weights are not saved; copy the checkpoint they are of")
     config = {
         "format_version": FORMAT_VERSION,
         "model_type": "llm-mlp",
@@ -207,17 +217,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def load_model(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path, *, device: torch.device | str = "cpu", weights: str = "fp32", state: str = "auto"
 ) -> tuple[LM, Tokenizer]:
     """Model (in eval mode) and tokenizer of a checkpoint folder or a finished run.
 
+    Args:
+        weights: what they are held in, of `llm_mlp.weights.WEIGHTS`. state: what states are kept in, of
+            `llm_mlp.models.mixer.STATES`.
+
     Raises:
-        CheckpointError, TokenizerError: naming the file.
+        CheckpointError, TokenizerError: naming the file. ValueError: unknown ``weights`` or ``state``.
     """
+    for name, value, known in (("weights", weights, WEIGHTS), ("state", state, STATES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: expected {', '.join(known)}")
     folder = resolve(folder)
     with torch.device("meta"):
         model = LM(read_config(folder))
     model = model.to_empty(device="cpu")
     load_weights(model, folder / "model.safetensors")
     tokenizer = load_tokenizer(folder)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    model = model.to(device=device, dtype=activations(weights)).eval()
+    if state.startswith("bf16") and torch.device(device).type == "cpu":
+        log.info("state %s: on a CPU this saves bytes, not time (it is widened for every step)", state)
+    return hold(model, weights).keep_state(state), tokenizer

@@ -40,7 +40,7 @@ def test_what_is_saved_is_loaded(folder, model):
 
 
 def test_dtype_on_loading(folder):
-    loaded, _ = load_model(folder, dtype=torch.bfloat16)
+    loaded, _ = load_model(folder, weights="bf16")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 

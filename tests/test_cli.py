@@ -213,6 +213,30 @@ def test_bench_decode_tells_energy_and_plots(call, tmp_path, monkeypatch, metere
     assert ("Unavailable here, and not plotted: Energy, batch 1" in page) != metered
 
 
+def test_settings_of_weights_and_state(call, trained, tmp_path):
+    how, store = ("--weights", "int8", "--state", "bf16+8bit"), ("--store", tmp_path / "store")
+    text = ("--prompt", "A river", "--max-tokens", 5, "--temperature", 0)
+    assert call("context", "create", "one", "--model", trained, "--text", "A river runs.", *store, *how)[0] == 0
+    assert call("generate", "--model", trained, *text, "--context", "one", *store, *how)[0] == 0
+    status, _, error = call("generate", "--model", trained, *text, "--context", "one", *store)
+    assert status == 1 and "made with int8 weights, this model has weights in full" in error
+    for flag, value in (("--weights", "int3"), ("--state", "fp8")):
+        status, _, error = call("generate", "--model", trained, *text, flag, value)
+        assert status == 1 and f"{flag.removeprefix('--')} '{value}': expected" in error
+    book, results = tmp_path / "book.txt", tmp_path / "results.jsonl"
+    book.write_text("A river runs through it, and through the town. " * 3, encoding="utf8")
+    read = ("eval", "text", book, "--model", trained, "--context", 16, "--carry", "--json", "--results", results)
+    losses = [json.loads(call(*read, *more)[1])["loss"] for more in ((), ("--steps",), ("--steps", *how))]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=0.05)
+    bench = ("bench", "decode", "--preset", "demo", "--contexts", "16", "--steps", 2, "--results", results)
+    assert "demo bfloat16:" in call(*bench, *how)[1]
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["eval-text"] * 3 + ["decode-speed"]
+    assert lines[2]["steps"] and lines[2]["weights"] == "int8" and lines[2]["state"] == "bf16+8bit"
+    for what in ("weight_bytes", "state_bytes"):
+        assert lines[3][what]["demo"] < 0.65 * lines[3][what]["demo bfloat16"]
+
+
 @pytest.mark.parametrize("op", ["perceive", "memorise"])
 def test_bench_op(call, tmp_path, op):
     results = tmp_path / "op.jsonl"
@@ -388,9 +412,9 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
 def test_doctor(call, trained, monkeypatch):
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
-    status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--dtype", "bf16", "--json")
+    status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
     assert status == 0 and json.loads(out)["passed"]
-    assert call("doctor", "--dtype", "int3")[0] == 1
+    assert call("doctor", "--weights", "int3")[0] == 1
     monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out

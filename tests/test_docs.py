@@ -99,3 +99,21 @@ def test_the_table_of_the_presets_is_the_presets():
             f"{cost.state_bytes / 1e6:.1f}",
         ]
         assert cells[14:] == [str(twin.attention.heads), str(twin.ffn.hidden), f"{other.parameters / 1e6:.1f}"]
+
+
+def test_the_table_of_the_settings_is_its_results():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/settings.jsonl").read_text().splitlines()]
+    losses = {(r["weights"], r["state"]): r for r in lines if r["kind"] == "loss-of-settings"}
+    speeds = {(r["weights"], r["state"], r["context"]): r for r in lines if r["kind"] == "decode-speed"}
+    text = (ROOT / "docs/bits.md").read_text(encoding="utf8")
+    rows = text[text.index("<!-- table: settings -->") :].split("\n\n")[0].splitlines()[3:]
+    assert len(rows) == len(losses)
+    for row in rows:
+        weights, state, *cells = (cell.strip().strip("`") for cell in row.strip("|").split("|"))
+        own = losses[weights, state]
+        assert cells[:2] == [f"{own[name]:.4f}" for name in ("loss_in_pieces", "loss_by_steps")]
+        for cell, context in zip(cells[4:], (512, 4096), strict=True):
+            if (r := speeds.get((weights, state, context))) is not None:
+                speed, plain = (r["tokens_per_second"][name] for name in ("30m", "30m bfloat16"))
+                assert cell == f"{speed:.1f}, {speed / plain:.2f}"
+                assert cells[2:4] == [f"{r[name]['30m'] / 1e6:.1f}" for name in ("weight_bytes", "state_bytes")]

@@ -17,6 +17,7 @@ LAYERS = [
     ["presets", "allocator", "energy", "page"],
     ["config", "ops"],
     ["models", "data", "precision", "device"],
+    ["weights"],
     ["checkpoint"],
     ["infer", "eval"],
     ["context", "bench"],

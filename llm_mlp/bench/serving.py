@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llm_mlp.bench.plot import plot_serving
 from llm_mlp.bench.record import record
@@ -188,11 +187,11 @@ def server(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 
 def bare_engine(
-    folder: Path, bodies: Sequence[dict], *, clients: int, seconds: float, device: torch.device, **how: Any
+    folder: Path, bodies: Sequence[dict], *, clients: int, seconds: float, held: dict[str, Any], **how: Any
 ) -> tuple[float, float | None]:
     """Tokens a second, and joules a token, of the engine alone with the same requests, each followed by the next as
-    soon as it ends."""
-    model, tokenizer = load_model(folder, device=device)
+    soon as it ends. ``held``: how `load_model` loads it."""
+    model, tokenizer = load_model(folder, **held)
     engine = Engine(model, vocabulary=tokenizer.vocab_size, **how)
     stop, turn = frozenset([tokenizer.eos]), iter(range(10**9))
     requests = [
@@ -216,7 +215,7 @@ def bare_engine(
 
     for _ in range(clients):
         ask()
-    with Spent(Energy(device)) as spent:
+    with Spent(Energy(engine.device)) as spent:
         while engine.busy:
             engine.step()
     tokens = engine.counters.tokens
@@ -249,6 +248,8 @@ def bench_serving(
     prompt_tokens: int,
     max_tokens: int,
     invariant: bool,
+    weights: str,
+    kept: str,
     results: str | Path | None,
     plot: Path | None,
     threads: int,
@@ -269,12 +270,14 @@ def bench_serving(
         _, tokenizer = load_model(folder)
         bodies = pairs(16, prompt_tokens, max_tokens, tokenizer)
         queue = 10 * max(clients)
+        held = {"device": on, "weights": weights, "state": kept}
         how: dict[str, Any] = {"slots": slots, "invariant": invariant, "queue": queue}
         bare = {}
         for number in clients:
-            bare[number] = bare_engine(folder, bodies, clients=number, seconds=seconds / 2, device=on, **how)
+            bare[number] = bare_engine(folder, bodies, clients=number, seconds=seconds / 2, held=held, **how)
             yield f"engine alone, {number} requests: {bare[number][0]:,.0f} tokens/s, {joules_told(bare[number][1])}"
         options = ["--slots", str(slots), "--queue", str(queue), "--device", str(on), "--threads", str(threads)]
+        options += ["--weights", weights, "--state", kept]
         with server(folder, *options, *(["--invariant"] if invariant else [])) as (url, pid):
             load(url, bodies, clients=1, seconds=0.5, pid=pid)  # warm
             for number in clients:
@@ -284,6 +287,7 @@ def bench_serving(
                 ratio = found["tokens_per_second"] / speed
                 each = None if spent.joules is None else spent.joules / max(1, measured.tokens)
                 facts = {"model": folder.name, "clients": number, "slots": slots, "invariant": invariant}
+                facts |= {"weights": weights, "state": kept}
                 facts |= {"seconds": seconds, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens}
                 facts |= {"engine_tokens_per_second": round(speed, 1), "engine_joules_per_token": joules, **found}
                 facts |= {"ratio": round(ratio, 3), "joules_per_token": each, "watts": spent.watts}

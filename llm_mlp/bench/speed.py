@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,8 +21,10 @@ from llm_mlp.device import pick_device
 from llm_mlp.energy import WINDOW, Energy, Spent
 from llm_mlp.models import LM, build_model
 from llm_mlp.models.capture import CapturedGradients, CapturedStep
+from llm_mlp.models.mixer import STATES
 from llm_mlp.precision import DTYPES, Precision
 from llm_mlp.presets import TWIN
+from llm_mlp.weights import FLOATS, WEIGHTS, activations, hold, weight_bytes
 
 PREFILL = 2048  # tokens read at once before decoding is timed
 
@@ -152,16 +155,31 @@ def _need_cuda(device: torch.device) -> None:
         raise ConfigError(f"--graph: CUDA graphs need a CUDA device, this one is {device}")
 
 
-@torch.no_grad()
 def time_decoding(
-    model: LM, context: int, steps: int, batch: int = 1, graph: bool = False, narrow: torch.dtype | None = None
-) -> dict[str, Any]:
-    """Median seconds a step after ``context`` random tokens, the bytes of a sequence's state there, and `energy_each`
-    of some more steps (a cache grows by as many).
+    models: Sequence[LM], context: int, steps: int, batch: int = 1, graph: bool = False
+) -> list[dict[str, Any]]:
+    """Of each model, which step in turn: median seconds a step after ``context`` random tokens, the bytes of a
+    sequence's state there, and `energy_each` of some more steps of it alone (a cache grows by as many).
 
-    ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph. ``narrow``: dtype that fast
-    weights are kept in while decoding; None: that of their sums.
+    ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
     """
+    device = next(models[0].parameters()).device
+    calls, sizes = zip(*(_decoder(model, context, batch, graph) for model in models), strict=True)
+    times: list[list[float]] = [[] for _ in models]
+    for round_ in range(steps + 3):
+        for call, own in zip(calls, times, strict=True):
+            seconds = timed(call, device)
+            if round_ >= 3:  # the first are warm-up
+                own.append(seconds)
+    return [
+        {"seconds": statistics.median(own), "state_bytes": size, **energy_each(call, device)}
+        for call, own, size in zip(calls, times, sizes, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _decoder(model: LM, context: int, batch: int, graph: bool) -> tuple[Callable[[], Any], int]:
+    """A step of a model that has read ``context`` random tokens, and the bytes of a sequence's state."""
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -170,18 +188,13 @@ def time_decoding(
     for a in range(0, context, PREFILL):
         state = model(ids[:, a : a + PREFILL], state, logits="none").state
     assert state is not None
-    if narrow is not None:
-        state = {name: t.to(narrow) if name.endswith("fast_weights") else t for name, t in state.items()}
     size = sum(t.numel() * t.element_size() for t in state.values())
     state = {name: t.repeat(batch, *[1] * (t.ndim - 1)) for name, t in state.items()}
     token = ids[:, -1].repeat(batch)
     call: Callable[[], Any] = partial(model.step, token, state)
     if graph:
         call = partial(CapturedStep(model, state, batch), token)
-    for _ in range(3):
-        call()
-    times = [timed(call, device) for _ in range(steps)]
-    return {"seconds": statistics.median(times), "state_bytes": size, **energy_each(call, device)}
+    return call, size
 
 
 def bench_decoding(
@@ -189,37 +202,42 @@ def bench_decoding(
     contexts: list[int],
     steps: int,
     batches: list[int],
-    precision: str,
-    states: str,
+    weights: str,
+    kept: str,
     graph: bool,
     results: str | Path | None,
     plot: Path | None,
     threads: int,
     device: str,
 ) -> Iterator[str]:
-    """Preset and twin at each batch and context; yields a line for each, records tokens/s, state bytes, energy and the
-    ratio.
+    """Preset and twin at each batch and context; yields a line for each, records tokens/s, bytes, energy and the ratio.
 
-    ``states``: of fast weights, fp32 or a 16-bit format. ``graph``: the preset's steps as a CUDA graph; the twin's
-    cache grows, so its steps are launched one by one and no ratio is given. A twin whose caches do not fit has none.
+    ``weights``, ``kept``: as `llm_mlp.checkpoint.load_model`. Quantised weights and states that are not ``auto``
+    run in turn with the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's
+    steps as a CUDA graph; the twin's cache grows, so its steps are launched one by one and no ratio is given. A twin
+    whose caches do not fit has none.
     """
-    for option, value in (("--precision", precision), ("--states", states)):
-        if value not in ("fp32", *DTYPES):
-            raise ConfigError(f"{option} {value!r}: expected fp32, {' or '.join(DTYPES)}")
+    for option, value, known in (("--weights", weights, WEIGHTS), ("--state", kept, STATES)):
+        if value not in known:
+            raise ConfigError(f"{option} {value!r}: expected {', '.join(known)}")
     on = setup(device, threads)
     if graph:
         _need_cuda(on)
-    models = _pair(preset, on)
+    models, dtype = _pair(preset, on), activations(weights)
     for model in models.values():
-        model.to(torch.float32 if precision == "fp32" else DTYPES[precision])
-    rows = []
+        model.to(dtype)
+    twin, plain = preset + TWIN, f"{preset} {str(dtype).removeprefix('torch.')}"
+    if weights not in FLOATS or kept != "auto":
+        models[plain] = copy.deepcopy(models[preset])
+    hold(models[preset], weights).keep_state(kept)
+    held, rows = {name: weight_bytes(model) for name, model in models.items()}, []
     for batch, context in product(batches, contexts):
-        found, too_large = {}, ""
-        for name, model in models.items():
-            own = name == preset
-            narrow = None if states == "fp32" or not own else DTYPES[states]
+        too_large, found = "", dict[str, dict[str, Any]]()
+        for names in ([name for name in models if name != twin], [twin]):
+            own = names != [twin]
             try:
-                found[name] = time_decoding(model, context, steps, batch, graph and own, narrow)
+                times = time_decoding([models[name] for name in names], context, steps, batch, graph and own)
+                found |= dict(zip(names, times, strict=True))
             except torch.OutOfMemoryError:
                 if own:
                     raise
@@ -228,12 +246,11 @@ def bench_decoding(
                 torch.cuda.empty_cache()
         speed = {name: batch / f["seconds"] for name, f in found.items()}
         size = {name: f["state_bytes"] for name, f in found.items()}
-        twin = preset + TWIN
         ratio = None if graph or too_large else speed[preset] / speed[twin]
         energy = {name: None if f["joules"] is None else f["joules"] / batch for name, f in found.items()}
-        facts = {"preset": preset, "context": context, "batch": batch, "precision": precision, "states": states}
-        facts |= {"graph": graph, "tokens_per_second": speed, "state_bytes": size, "ratio": ratio}
-        facts |= {"joules_per_token": energy, "watts": {name: f["watts"] for name, f in found.items()}}
+        facts = {"preset": preset, "context": context, "batch": batch, "weights": weights, "state": kept}
+        facts |= {"graph": graph, "tokens_per_second": speed, "weight_bytes": held, "state_bytes": size}
+        facts |= {"joules_per_token": energy, "watts": {name: f["watts"] for name, f in found.items()}, "ratio": ratio}
         rows.append(record(results, "decode-speed", facts, device=on, seed=0))
         beside = too_large or (
             f"{speed[twin]:>8,.1f}"
@@ -242,8 +259,15 @@ def bench_decoding(
         )
         yield (
             f"batch {batch:>3}, context {context:>6}: {speed[preset]:>8,.1f} tokens/s, "
-            f"{1e3 * batch / speed[preset]:.2f} ms a step, "
-            f"state {size[preset] / 1e6:.1f} MB, {joules_told(energy[preset])}; twin: {beside}"
+            f"{1e3 * batch / speed[preset]:.2f} ms a step, weights {held[preset] / 1e6:.1f} MB, "
+            f"state {size[preset] / 1e6:.1f} MB, {joules_told(energy[preset])}; "
+            + (
+                f"{plain}: {speed[plain]:,.1f} tokens/s, {held[plain] / 1e6:.1f} MB, {size[plain] / 1e6:.1f} MB, "
+                f"{joules_told(energy[plain])}; "
+                if plain in speed
+                else ""
+            )
+            + f"twin: {beside}"
         )
     if plot is not None:
         plot_decoding(plot, rows)

@@ -12,7 +12,7 @@ import typer
 
 import llm_mlp
 from llm_mlp.cli.contexts import context_app
-from llm_mlp.cli.options import Device, ModelDir, Overrides, Plot, Repeats, StoreDir, Threads, Tokens
+from llm_mlp.cli.options import Device, Kept, ModelDir, Overrides, Plot, Repeats, StoreDir, Threads, Tokens, Weights
 from llm_mlp.cli.plan import plan
 from llm_mlp.cli.runs import run_app
 from llm_mlp.cli.serving import chat, serve
@@ -168,6 +168,8 @@ def generate(
         Path | None, typer.Option(help="File of a JSON schema; what is written satisfies it.", show_default=False)
     ] = None,
     regex: Annotated[str, typer.Option(help="What is written matches this expression.", show_default=False)] = "",
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """Continue a text, token by token."""
@@ -179,7 +181,7 @@ def generate(
 
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # nothing but the text, unless something is wrong
     choice = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    lm, tokenizer = load_model(model, device=pick_device(device))
+    lm, tokenizer = load_model(model, device=pick_device(device), weights=weights, state=kept)
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode("utf8")
@@ -229,28 +231,25 @@ def generate(
 def doctor(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint; none: random weights.")] = None,
     preset: Annotated[str, typer.Option(help="Of the random weights.")] = "demo",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     tokens: Annotated[int, typer.Option(min=20, help="Of the text that is read in every way.")] = 600,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that every way of reading a text agrees on this machine, and show which backends run and why."""
     from llm_mlp.checkpoint import load_model
-    from llm_mlp.config import ConfigError, ModelConfig, build
+    from llm_mlp.config import ModelConfig, build
     from llm_mlp.device import pick_device
     from llm_mlp.doctor import environment, examine, report
     from llm_mlp.models import build_model
-    from llm_mlp.precision import DTYPES
+    from llm_mlp.weights import hold
 
-    if dtype not in ("fp32", *DTYPES):
-        raise ConfigError(f"--dtype {dtype!r}: expected fp32, {' or '.join(DTYPES)}")
     on = pick_device(device)
     if model is not None:
-        lm, _ = load_model(model, device=on)
+        lm, _ = load_model(model, device=on, weights=weights, state=kept)
     else:
-        lm = build_model(build(ModelConfig, {"preset": preset}), device=on).randomize_()
-    if dtype != "fp32":
-        lm = lm.to(DTYPES[dtype])
+        lm = hold(build_model(build(ModelConfig, {"preset": preset}), device=on).randomize_(), weights).keep_state(kept)
     checks, chosen = examine(lm, tokens=tokens)
     found = report(checks, chosen, environment(on))
     if as_json:
@@ -343,11 +342,16 @@ def eval_text(
     carry: Annotated[bool, typer.Option("--carry", help="Carry the state through each document instead.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens.")] = None,
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and Parquet.")] = "text",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Of products while fp32 weights train: fp32, bf16 or fp16.")] = "fp32",
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
+    steps: Annotated[bool, typer.Option("--steps", help="Read token by token, as decoding does.")] = False,
+    results: Annotated[Path | None, typer.Option(help="Append a JSON line to this file.")] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Bits per byte and perplexity of a text, and loss by position."""
+    from llm_mlp.bench.record import record
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ConfigError
     from llm_mlp.device import pick_device
@@ -359,7 +363,7 @@ def eval_text(
     if context < 1:
         raise ConfigError(f"--context {context}: expected at least 1")
     on = pick_device(device)
-    lm, tokenizer = load_model(model, device=on)
+    lm, tokenizer = load_model(model, device=on, weights=weights, state=kept)
     score, by_position = score_text(
         lm,
         tokenizer,
@@ -369,6 +373,7 @@ def eval_text(
         max_tokens=max_tokens,
         text_field=text_field,
         precision=Precision(precision, on),  # type: ignore[arg-type]
+        steps=steps,
     )
     values = {
         "bits_per_byte": score.bits_per_byte,
@@ -378,6 +383,9 @@ def eval_text(
         "bytes": score.bytes,
         "loss_by_position": by_position,
     }
+    if results:
+        facts = {"text": path.name, "weights": weights, "state": kept, "steps": steps, "carry": carry}
+        record(results, "eval-text", {**facts, "length": context, **values}, device=on, seed=0)
     if as_json:
         typer.echo(json.dumps(values))
         return
@@ -420,19 +428,20 @@ def bench_decode(
     contexts: Annotated[str, typer.Option(help="Tokens already read, comma-separated.")] = "512,4096,16384",
     steps: Repeats = 40,
     batch: Annotated[str, typer.Option(help="Sequences that decode together, comma-separated.")] = "1",
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
-    states: Annotated[str, typer.Option(help="Of the fast weights while decoding: fp32, bf16 or fp16.")] = "fp32",
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     graph: Annotated[bool, typer.Option("--graph", help="The preset's steps as a CUDA graph.")] = False,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     plot: Plot = None,
     threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
-    """Decoding speed, state bytes and energy against the twin with its cache."""
+    """Decoding speed, bytes of weights and state and energy against the twin with its cache. Quantised weights and
+    narrower states run beside the same in bf16, or what they compute in."""
     from llm_mlp.bench.speed import bench_decoding
 
     for line in bench_decoding(
-        preset, _numbers(contexts), steps, _numbers(batch), precision, states, graph, results, plot, threads, device
+        preset, _numbers(contexts), steps, _numbers(batch), weights, kept, graph, results, plot, threads, device
     ):
         typer.echo(line)
 
@@ -449,6 +458,8 @@ def bench_serve(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="About.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
     invariant: Annotated[bool, typer.Option("--invariant", help="The batch-invariant mode.")] = False,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     plot: Plot = None,
     threads: Threads = 0,
@@ -466,6 +477,8 @@ def bench_serve(
         prompt_tokens,
         max_tokens,
         invariant,
+        weights,
+        kept,
         results,
         plot,
         threads,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_mlp.cli.options import Device, ModelDir, StoreDir
+from llm_mlp.cli.options import Device, Kept, ModelDir, StoreDir, Weights
 
 context_app = typer.Typer(
     help="Texts that were read once, as files: saved, forked, shared, asked. The store is --store, else "
@@ -41,13 +41,13 @@ def _text(text: str, file: Path | None) -> str:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _reader(model: Path, device: str, transitions: bool = False) -> Any:
+def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool = False) -> Any:
     from llm_mlp.checkpoint import load_model
     from llm_mlp.context import Reader
     from llm_mlp.device import pick_device
 
     logging.getLogger("llm_mlp.ops").setLevel(logging.WARNING)
-    return Reader(*load_model(model, device=pick_device(device)), transitions=transitions)
+    return Reader(*load_model(model, device=pick_device(device), weights=weights, state=kept), transitions=transitions)
 
 
 def _brought_back(found: Any) -> str:
@@ -72,6 +72,8 @@ def context_create(
     composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
     replace: Replace = False,
     store: StoreDir = None,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """Read a text into a context. An interrupted reading goes on where it was when the command is given again."""
@@ -84,7 +86,7 @@ def context_create(
     working = f"{name}.reading"  # the name itself means nothing until all is read
     if own.look(name) is not None and not replace:
         raise ContextError(f"context {name!r} exists; choose another name, or --replace")
-    reader = _reader(model, device, composable)
+    reader = _reader(model, device, weights, kept, composable)
     tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
     begun = own.get(working, reader) if own.look(working) is not None else None
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -107,6 +109,8 @@ def context_append(
     text: Text = "",
     file: File = None,
     store: StoreDir = None,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """Read on in a context; what it was before can be come back to (undo)."""
@@ -115,7 +119,7 @@ def context_append(
     own = Store(store)
     if own.entry(name).unfinished:
         raise ContextError(f"context {name!r} is an interrupted reading; give the command that began it again")
-    reader = _reader(model, device)
+    reader = _reader(model, device, weights, kept)
     context = reader.append(own.get(name, reader), reader.encode(_text(text, file), begin=False))
     own.commit(context, name)
     _say(context, name)
@@ -151,6 +155,8 @@ def context_show(
     store: StoreDir = None,
     recall: Annotated[bool, typer.Option("--recall", help="Measure what still comes back (reads it again).")] = False,
     as_json: AsJson = False,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls."""
@@ -162,7 +168,7 @@ def context_show(
 
     own = Store(store)
     own.entry(name)
-    reader = _reader(model, device) if model else None
+    reader = _reader(model, device, weights, kept) if model else None
     context = own.get(name, reader)
     found = describe(context, reader.model if reader else None)
     back = measure_recall(reader, context) if recall and reader is not None else None
@@ -208,6 +214,8 @@ def context_undo(
     steps: Annotated[int, typer.Option(min=1, help="Marks to go back.")] = 1,
     to: Annotated[int | None, typer.Option(help="Go back to the mark at this number of tokens.")] = None,
     store: StoreDir = None,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """Go back to what a context was before it was appended to."""
@@ -215,7 +223,7 @@ def context_undo(
 
     own = Store(store)
     own.entry(name)
-    _say(own.undo(name, _reader(model, device), steps=steps, tokens=to), name)
+    _say(own.undo(name, _reader(model, device, weights, kept), steps=steps, tokens=to), name)
 
 
 @context_app.command("diff")
@@ -254,6 +262,8 @@ def context_compose(
     ] = False,
     store: StoreDir = None,
     as_json: AsJson = False,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """EXPERIMENTAL: one context of several documents', without reading them again (made with --composable)."""
@@ -262,7 +272,7 @@ def context_compose(
     own = Store(store)
     if own.look(new) is not None:
         raise ContextError(f"context {new!r} exists; choose another name")
-    reader = _reader(model, device)
+    reader = _reader(model, device, weights, kept)
     parts, separator = [own.get(name, reader) for name in names], [reader.tokenizer.eos]
     made = compose(reader, parts, separator)
     back = measure_composed(reader, parts, separator) if recall else None

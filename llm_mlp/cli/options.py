@@ -18,5 +18,16 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", help="Write a page of plots (HTML) to this file.", show_default=False)
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each; the median counts.")]
+Weights = Annotated[
+    str, typer.Option("--weights", help="Held in fp32, bf16, fp16, int8 or int4 (the last two compute in bf16).")
+]
+Kept = Annotated[
+    str,
+    typer.Option(
+        "--state",
+        help="Fast weights + memorised rows are kept in: auto (fp32 + what the model computes in), fp32+bf16, "
+        "bf16+bf16 or bf16+8bit.",
+    ),
+]
 StoreDir = Annotated[Path | None, typer.Option("--store", help="Folder of the context store.", show_default=False)]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens a call (at least one sequence).")]

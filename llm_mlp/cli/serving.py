@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llm_mlp.cli.options import Device, ModelDir, StoreDir, Threads
+from llm_mlp.cli.options import Device, Kept, ModelDir, StoreDir, Threads, Weights
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS = "LLM_MLP_API_KEYS"
@@ -56,7 +56,8 @@ def serve(
         bool, typer.Option("--invariant", help="Answers do not depend, to the bit, on what else runs (slower).")
     ] = False,
     store: StoreDir = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
@@ -65,7 +66,6 @@ def serve(
     from llm_mlp.checkpoint import load_model, resolve
     from llm_mlp.config import ConfigError
     from llm_mlp.device import pick_device
-    from llm_mlp.precision import DTYPES
 
     try:
         import torch
@@ -80,13 +80,11 @@ def serve(
         raise ConfigError(
             f"--host {host}: without API keys only this machine is served (127.0.0.1); give --api-keys FILE or ${KEYS}"
         )
-    if dtype not in ("fp32", *DTYPES):
-        raise ConfigError(f"--dtype {dtype!r}: expected fp32, {' or '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
     logging.getLogger("llm_mlp").setLevel(logging.INFO)
     keep_freed_memory()
-    lm, tokenizer = load_model(model, device=pick_device(device), dtype=None if dtype == "fp32" else DTYPES[dtype])
+    lm, tokenizer = load_model(model, device=pick_device(device), weights=weights, state=kept)
     try:
         template = ChatTemplate(tokenizer)
     except ChatError as error:
@@ -140,6 +138,8 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1)] = None,
     store: StoreDir = None,
+    weights: Weights = "fp32",
+    kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal. /undo takes the last exchange back, /save NAME keeps the conversation as a
@@ -157,7 +157,7 @@ def chat(
         raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)
     choice = Sampling(temperature, top_p=top_p)
-    lm, tokenizer = load_model(model, device=pick_device(device))
+    lm, tokenizer = load_model(model, device=pick_device(device), weights=weights, state=kept)
     reader = Reader(lm, tokenizer)
     try:
         template = ChatTemplate(tokenizer)

@@ -91,6 +91,6 @@ def _in_order(contexts: Sequence[Context], number: int) -> Tensor:
     for context in contexts[1:]:
         assert context.transition is not None
         P, log_a = context.transition[f"{layer}P"], context.transition[f"{layer}log_a"]
-        Z = context.state[f"{layer}fast_weights"]
-        S = torch.einsum("bgij,bgjmv->bgimv", P, S) * log_a.exp()[:, :, None, :, None] + Z
+        Z = context.state[f"{layer}fast_weights"].to(P.dtype)
+        S = torch.einsum("bgij,bgjmv->bgimv", P, S.to(P.dtype)) * log_a.exp()[:, :, None, :, None] + Z
     return S

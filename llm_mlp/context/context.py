@@ -115,10 +115,11 @@ class Reader:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Of config, weights and tokenizer. Taken once: a model that is trained on needs another reader."""
+        """Of config, quantisation, weights and tokenizer. Taken once: a model that is changed needs another reader."""
         config = json.dumps(self.model.config.model_dump(mode="json"), sort_keys=True)
         return {
             "config": hashlib.sha256(config.encode()).hexdigest()[:16],
+            "quantization": self.model.quantization,
             "weights": tensors_digest(self.model.state_dict()).hexdigest()[:16],
             "tokenizer": self.tokenizer.fingerprint() if self.tokenizer else "none",
         }
@@ -260,12 +261,11 @@ class Reader:
         transition: State | None = None,
         **more: Any,
     ) -> Context:
-        kinds = {name.rsplit(".", 1)[-1]: str(t.dtype).removeprefix("torch.") for name, t in state.items()}
         manifest = Manifest(
             tokens=len(tokens),
             text=text_digest(tokens),
             **self.fingerprints,
-            dtypes=kinds,
+            dtypes=_dtypes(state),
             device=self.device_name,
             build=self.build,
             parent=parent.id if parent else None,
@@ -301,17 +301,31 @@ class Reader:
     # -- fitting ---------------------------------------------------------------------------------------------------
 
     def check(self, manifest: Manifest, name: str = "context") -> None:
-        """Refuse a context of another model or tokenizer; say so where device or build are others.
+        """Refuse a context of another model or tokenizer, of weights held or a state kept in other bits; say so where
+        device or build are others.
 
         Raises:
             ContextError: it does not fit.
         """
         for what, own in self.fingerprints.items():
             theirs = getattr(manifest, what)
+            if what == "quantization" and theirs != own:
+                made, held = (f"{x} weights" if x != "none" else "weights in full" for x in (theirs, own))
+                raise ContextError(
+                    f"{name} {manifest.id}: made with {made}, this model has {held}; load it with the --weights that "
+                    "made the context, or read the text again"
+                )
             if theirs != own:
                 raise ContextError(
                     f"{name} {manifest.id}: made with another {what.rstrip('s') if what == 'weights' else what} "
                     f"({what} {theirs}, this model's is {own}); load that model or read the text again"
+                )
+        kinds = _dtypes(self.model.init_state(1, device="meta"))
+        for part in sorted(kinds.keys() & manifest.dtypes.keys()):
+            if manifest.dtypes[part] != kinds[part]:
+                raise ContextError(
+                    f"{name} {manifest.id}: keeps its {part} in {manifest.dtypes[part]}, this model in {kinds[part]}; "
+                    "load it with the --state that made the context, or read the text again"
                 )
         if (manifest.device, manifest.build) != (self.device_name, self.build):
             here = ", ".join(f"{n} {v}" for n, v in self.build.items())
@@ -364,6 +378,11 @@ class Reader:
                 raise ContextError(f"{name} {context.id}: {part} is no count of its {len(context.tokens)} tokens")
         if int(context.tokens.max()) >= vocabulary or int(context.tokens.min()) < 0:
             raise ContextError(f"{name} {context.id}: token ids outside the model's vocabulary of {vocabulary}")
+
+
+def _dtypes(state: State) -> dict[str, str]:
+    """Of the parts of a state, by their last names."""
+    return {name.rsplit(".", 1)[-1]: str(t.dtype).removeprefix("torch.") for name, t in state.items()}
 
 
 # -- looking --------------------------------------------------------------------------------------------------------

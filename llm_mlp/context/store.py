@@ -557,6 +557,7 @@ def examine(path: str | Path, reader: Reader | None = None) -> Context:
     context = Context.load(path)
     for part, t in context.tensors().items():
         empty = part.endswith((".scores", ".log_a"))  # of an empty slot, and of a gate that forgets all
+        t = t.float() if t.dtype.itemsize == 1 else t  # torch does not ask 8-bit floats
         if not bool((t.isfinite() | (t == -torch.inf) if empty else t.isfinite()).all()):
             raise ContextError(f"{path}: {part} holds numbers that are not finite")
     if reader is not None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llm_mlp.config import SourceConfig
 from llm_mlp.data import Batch, Document, Tokenizer, read_documents
 from llm_mlp.models import LM
+from llm_mlp.models.mixer import State
 from llm_mlp.precision import Precision
 
 
@@ -92,11 +95,13 @@ def score_text(
     text_field: str = "text",
     max_tokens: int | None = None,
     carry: bool = False,
+    steps: bool = False,
 ) -> tuple[TextScore, dict[str, float]]:
     """Score a text file (or folder, JSON lines ...) in pieces of ``context`` tokens.
 
     Each piece starts from an empty state behind a separator, or, with ``carry``, continues the state of its
-    document's previous piece.
+    document's previous piece. ``steps``: token by token, as decoding does (the state is then kept, in its dtypes, after
+    each).
 
     Returns:
         The score, and mean loss by position in the piece, keyed ``"0-256"`` and so on.
@@ -114,9 +119,9 @@ def score_text(
                 ids[0] = previous
             row = torch.tensor([ids], device=device)
             with precision.autocast():
-                out = model(row[:, :-1], state, targets=row[:, 1:], reduction="none")
-            state, previous = (out.state, ids[-1]) if carry else (None, tokenizer.eos)
-            loss = out.loss[0].double().cpu()
+                loss, state = (_by_steps if steps else _at_once)(model, row, state)
+            state, previous = (state, ids[-1]) if carry else (None, tokenizer.eos)
+            loss = loss.double().cpu()
             nats, tokens, size = nats + float(loss.sum()), tokens + len(loss), size + n_bytes
             for i, (a, b) in enumerate(bins):
                 sums[i] += float(loss[a:b].sum())
@@ -127,3 +132,15 @@ def score_text(
             break
     by_position = {f"{a}-{b}": s / n for (a, b), s, n in zip(bins, sums, counts, strict=True) if n}
     return TextScore(tokens, size, nats), by_position
+
+
+def _at_once(model: LM, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """Losses ``[T]`` of ``ids [1, T+1]`` but the first, and the state after all but the last."""
+    out = model(ids[:, :-1], state, targets=ids[:, 1:], reduction="none")
+    return out.loss[0], out.state
+
+
+def _by_steps(model: LM, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
+    state = state or model.init_state(1)
+    losses = [F.cross_entropy(model.step(ids[:, t], state), ids[:, t + 1]) for t in range(ids.shape[1] - 1)]
+    return torch.stack(losses), state

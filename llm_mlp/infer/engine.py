@@ -222,11 +222,16 @@ class Engine:
         """Queue a request; ``emit`` gets its events, in the engine's thread, the last one with ``finish``.
 
         Raises:
-            Full: the queue is full, or the engine is closing. ValueError: tokens that are no tokens of the model.
+            Full: the queue is full, or the engine is closing. ValueError: tokens that are no tokens of the model, or a
+                start whose state is kept in other dtypes.
         """
         if request.max_tokens < 0 or (request.start is None and not len(request.prompt)):
             raise ValueError("a request needs a prompt or a start, and max_tokens of at least 0")
         check_tokens(self.model, torch.as_tensor(request.prompt, dtype=torch.int64))
+        for name, t in request.start.state.items() if request.start is not None else ():
+            if name in self.pool and t.dtype != self.pool[name].dtype:
+                kept = self.pool[name].dtype
+                raise ValueError(f"start: {name} is {t.dtype}, the model keeps {kept} (`LM.keep_state`, --state)")
         if bad := [i for i in request.sampling.logit_bias if not 0 <= i < self.vocabulary]:
             raise ValueError(f"logit_bias: token {bad[0]} is outside the vocabulary of {self.vocabulary}")
         with self._changed:

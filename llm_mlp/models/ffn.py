@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.mixer import Cost, Linear, init_linear, rms_norm
-from llm_mlp.ops.linear_step import Product, linear_step
+from llm_mlp.ops.linear_step import linear_step
 
 
 def _squared(x: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ class FFN(nn.Module):
         """One token: the residual stream ``[B, D]`` (not normed) -> x + y."""
         if self.shape is not None:
             return x + self(rms_norm(x, eps))
-        h = linear_step(x, [Product(self.up.weight)], eps=eps, relu2=True)[0]
-        return linear_step(h, [Product(self.down.weight)], residual=x)[0]
+        h = linear_step(x, [self.up.product()], eps=eps, relu2=True)[0]
+        return linear_step(h, [self.down.product()], residual=x)[0]
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.attention import AttentionMixer
 from llm_mlp.models.ffn import FFN
-from llm_mlp.models.mixer import Cost, Linear, Mixer, State, linear, rms_norm
+from llm_mlp.models.mixer import STATES, Cost, Linear, Mixer, State, linear, rms_norm
 from llm_mlp.models.perception import PerceptionMixer
 from llm_mlp.models.routing import Routing
 from llm_mlp.ops import linear_cross_entropy
@@ -94,12 +94,15 @@ class Block(nn.Module):
 class LM(nn.Module):
     """A language model. ``state`` is a flat dict of tensors, batch first: ``layers.3.fast_weights`` and so on."""
 
+    quantization = "none"  # of the matrices; set by `llm_mlp.weights.hold`
+    kept = "auto"  # of `STATES`; set by `keep_state`
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks: Any = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
-        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        self.head: Any = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing: Checkpointing = "none"
 
     def init_weights(self) -> None:
@@ -119,6 +122,19 @@ class LM(nn.Module):
         for p in self.parameters():
             scale = 0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1
             p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64, device=device).to(p))
+        return self
+
+    def keep_state(self, setting: str) -> LM:
+        """From now on states are kept in this setting (`STATES`): fast weights + memorised rows. Returns the model.
+
+        Raises:
+            ValueError: an unknown setting.
+        """
+        if setting not in STATES:
+            raise ValueError(f"state {setting!r}: expected {', '.join(STATES)}")
+        self.kept = setting
+        for block in self.blocks:
+            block.mixer.kept = STATES[setting]
         return self
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
@@ -232,7 +248,8 @@ class LM(nn.Module):
                 x = y
                 # Most tensors change in place; a cache that has grown is another one.
                 state.update({f"layers.{i}.{name}": t for name, t in own.items() if t is not before[name]})
-            product = linear_step(x, [Product(self._head_weight())], eps=self.config.norm_eps)[0]
+            head = Product(self.embedding.weight) if self.head is None else self.head.product()
+            product = linear_step(x, [head], eps=self.config.norm_eps)[0]
             logits = self._capped(product)
         return logits.clone()  # a plain tensor
 
@@ -257,10 +274,14 @@ class LM(nn.Module):
         return parts
 
     def _head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        """The head as one tensor; where it is quantised that is made for the call."""
+        if self.head is None:
+            return self.embedding.weight
+        weight = self.head.product().weight
+        return weight if isinstance(weight, Tensor) else weight.dequantize(self.embedding.weight.dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._capped(linear(x, self._head_weight()))
+        return self._capped(linear(x, self.embedding.weight) if self.head is None else self.head(x))
 
     def _capped(self, logits: Tensor) -> Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

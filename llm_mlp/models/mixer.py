@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.ops.heads import rms_norm
-from llm_mlp.ops.linear_step import linear
+from llm_mlp.ops.linear_step import Product, linear
 
-__all__ = ["Cost", "Linear", "Mixer", "State", "init_linear", "linear", "rms_norm"]
+__all__ = ["STATES", "Cost", "Linear", "Mixer", "State", "init_linear", "linear", "rms_norm"]
 
 State = dict[str, Tensor]
+# What a state is kept in between two calls: dtypes of fast weights and of memorised rows, None the layer's own (that of
+# its sums, that of its weights). Sums are float32 whatever is kept.
+STATES: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "auto": (None, None),
+    "fp32+bf16": (torch.float32, torch.bfloat16),
+    "bf16+bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+8bit": (torch.bfloat16, torch.float8_e4m3fn),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Mixer(nn.Module):
         super().__init__()
         # Rows of fused weights that are matrices of their own, for optimizers that treat a matrix as a whole.
         self.fused_rows: dict[str, tuple[int, ...]] = {}
+        self.kept = STATES["auto"]  # set by `LM.keep_state`; a cache of keys and values is in the weights' dtype
 
     def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         """x ``[B, T, D]`` -> y ``[B, T, D]`` and the state after the last token (``[N, ...]`` when packed)."""
@@ -69,6 +78,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def product(self, begin: int = 0) -> Product:
+        """As `linear_step` takes it."""
+        return Product(self.weight, self.bias, begin)
 
 
 def init_linear(weight: Tensor) -> None:

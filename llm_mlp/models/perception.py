@@ -28,7 +28,8 @@ from llm_mlp.ops.heads import (
     prepare,
     unit,
 )
-from llm_mlp.ops.linear_step import Product, linear_step
+from llm_mlp.ops.linear_step import linear_step
+from llm_mlp.ops.memorise.units import to_rows
 from llm_mlp.ops.perceive.chunked import CHUNK
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
@@ -51,8 +52,8 @@ class Split(Protocol):
 class PerceptionMixer(Mixer):
     """One layer of perception heads.
 
-    State: ``conv [N, K-1, C]`` (inputs of the convolution), ``fast_weights [N, G, F, m, V]`` (float32 or float64)
-    and ``units.*`` (`llm_mlp.ops.Units`); parts that the config switches off are absent.
+    State: ``conv [N, K-1, C]`` (inputs of the convolution), ``fast_weights [N, G, F, m, V]`` and ``units.*``
+    (`llm_mlp.ops.Units`), in the dtypes of ``kept``; parts that the config switches off are absent.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -196,9 +197,13 @@ class PerceptionMixer(Mixer):
     def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         before: State = state or {}
         after: State = {}
-        # Two products, so that the gradient of the first need not be copied beside that of the second.
-        channels, weight = self.in_split[0], self.in_proj.weight
-        qkv, low = linear(x, weight[:channels]), self._low(linear(x, weight[channels:]))
+        channels = self.in_split[0]
+        if isinstance(self.in_proj, Linear):
+            # Two products, so that the gradient of the first need not be copied beside that of the second.
+            qkv, rest = (linear(x, w) for w in (self.in_proj.weight[:channels], self.in_proj.weight[channels:]))
+        else:
+            qkv, rest = self.in_proj(x).split((channels, sum(self.in_split[1:])), -1)
+        low = self._low(rest)
         logits = {name: up(low[name]) for name, up in self._ups().items()}
         heads = None if self.head_proj is None else self.head_proj(x)
         scalars = self._scalars(x, heads, logits.get("erase"))
@@ -241,12 +246,15 @@ class PerceptionMixer(Mixer):
         if i.units_q is not None and i.units_k is not None:
             units = Units(*(before[name] for name in _UNITS)) if state else None
             score = residual.detach().sum(-1)  # surprise of a token for the group
+            rows = self.kept[1]
+            # What is read is what is kept, in a text read at once as in steps: so its pieces do not matter.
+            units_k, units_w = (x if rows is None else to_rows(x, rows).to(x.dtype) for x in (i.units_k, i.w))
             if split is not None:
-                units = split.units(i.units_k, i.w, score, self.block, self.slots, cu_seqlens)
+                units = split.units(units_k, units_w, score, self.block, self.slots, cu_seqlens)
             read, units = memorise(
                 i.units_q,
-                i.units_k,
-                i.w,
+                units_k,
+                units_w,
                 score,
                 self.sink,
                 units,
@@ -255,21 +263,25 @@ class PerceptionMixer(Mixer):
                 activation=self.read,
                 cu_seqlens=cu_seqlens,
             )
+            if rows is not None:
+                units = units._replace(keys=to_rows(units.keys, rows), values=to_rows(units.values, rows))
             after.update(zip(_UNITS, units, strict=True))
+        if self.kept[0] is not None:
+            after["fast_weights"] = after["fast_weights"].to(self.kept[0])
         y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
         return self.out_proj(y), after
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
-        products = [Product(self.in_proj.weight)]
+        products = [self.in_proj.product()]
         if self.head_proj is not None:
-            products.append(Product(self.head_proj.weight, self.head_proj.bias))
+            products.append(self.head_proj.product())
         projected, *more = linear_step(x, products, eps=self.eps)
         heads = more[0] if more else None
         qkv, low = projected.split((self.in_split[0], sum(self.in_split[1:])), -1)
         logits, ups = {}, self._ups()
         if ups:
             begin = dict(zip(self.gate_names, accumulate(self.in_split[1:-1], initial=0), strict=True))
-            found = linear_step(low, [Product(up.weight, up.bias, begin[name]) for name, up in ups.items()])
+            found = linear_step(low, [up.product(begin[name]) for name, up in ups.items()])
             logits = dict(zip(ups, found, strict=True))
         scalars = self._scalars(x, heads, logits.get("erase"), step=True)
         if self.first_layer is None:
@@ -314,20 +326,22 @@ class PerceptionMixer(Mixer):
                 activation=self.read,
             )
         y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
-        return linear_step(y, [Product(self.out_proj.weight)], residual=x)[0]
+        return linear_step(y, [self.out_proj.product()], residual=x)[0]
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | str, context: int = 0) -> State:
         G, m, V = self.groups, self.heads_per_group, self.value_width
         wide = torch.float64 if dtype == torch.float64 else torch.float32
+        fast, rows = self.kept
         state: State = {}
         if self.conv is not None:
             shape = (batch, self.conv.shape[1] - 1, self.conv.shape[0])
             state["conv"] = torch.zeros(shape, dtype=dtype, device=device)
-        state["fast_weights"] = torch.zeros((batch, G, self.features, m, V), dtype=wide, device=device)
+        state["fast_weights"] = torch.zeros((batch, G, self.features, m, V), dtype=fast or wide, device=device)
         if self.block:
             units = units_init(
                 batch, G, self.read_width, m, V, block=self.block, slots=self.slots, dtype=dtype, device=device
             )
+            units = units._replace(keys=units.keys.to(rows or dtype), values=units.values.to(rows or dtype))
             state.update(zip(_UNITS, units, strict=True))
         return state
 

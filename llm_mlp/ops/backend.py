@@ -164,6 +164,8 @@ def check_values(op: str, *, log_decay: torch.Tensor | None = None, score: torch
     if not _debug:
         return
     for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype.itemsize == 1:
+            tensor = tensor.float()  # torch does not ask 8-bit floats
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{op}: {name} has NaN or infinite values")
     if log_decay is not None and not bool((log_decay <= 0).all()):

@@ -260,7 +260,8 @@ def _memorise_step_cases(
                     own, sink = score.to(units.scores.dtype), torch.zeros(G, device=device)
                     form: dict[str, Any] = {"block": block, "slots": slots, "activation": activation}
                     found.append(memorise_step(q, k, w, own, sink, units, index, **form, backend=backend))
-                return *found, units.keys, units.values, units.scores.nan_to_num(neginf=-1.0).to(x[0].dtype)
+                rows = (y.float() if y.dtype.itemsize == 1 else y for y in (units.keys, units.values))
+                return *found, *rows, units.scores.nan_to_num(neginf=-1.0).to(x[0].dtype)
 
             return call
 
@@ -296,8 +297,9 @@ def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
     return [(run(None), inputs), (run([4, -1, 0]), inputs)]
 
 
-def _linear_step_cases(dtype: torch.dtype, device: str) -> list[Case]:
+def _linear_step_cases(eight: bool, dtype: torch.dtype, device: str) -> list[Case]:
     from llm_mlp.ops.linear_step import Product, linear_step
+    from llm_mlp.ops.linear_step.quantized import Int8
 
     normal = _normals(1, device)
 
@@ -305,11 +307,13 @@ def _linear_step_cases(dtype: torch.dtype, device: str) -> list[Case]:
         D = max(begin + K for _, K, begin in sizes)
         tensors = [normal(B, D), *(normal(N, K) / K**0.5 for N, K, _ in sizes), *(normal(N) for N, _, _ in sizes)]
         tensors += [normal(B, sizes[0][0])] if residual else []
+        # One matrix of several stays as it is: they are mixed.
+        fixed = {i: Int8.of(tensors[1 + i]) for i in range(len(sizes)) if eight and i != 1}
 
         def run(backend: str) -> Callable:
             def call(x: Tensor, *more: Tensor) -> Sequence[Tensor]:
                 n = len(sizes)
-                products = [Product(more[i], more[n + i], sizes[i][2]) for i in range(n)]
+                products = [Product(fixed.get(i, more[i]), more[n + i], sizes[i][2]) for i in range(n)]
                 base = more[-1] if residual else None
                 return linear_step(x, products, eps=eps, relu2=relu2, residual=base, backend=backend)
 

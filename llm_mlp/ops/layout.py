@@ -72,6 +72,11 @@ class Pieces:
         return x.flatten(0, 1).index_select(0, self.scatter).unflatten(0, (self.batch, self.tokens))
 
 
+def _known(lead: Tensor) -> list[int] | None:
+    """Its values, unless they lie on a GPU, which would have to be waited for."""
+    return None if lead.is_cuda else lead.tolist()
+
+
 def pieces(
     size: int,
     batch: int,
@@ -92,7 +97,8 @@ def pieces(
     else:
         starts, lengths = bounds[:-1], [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     N = len(lengths)
-    ahead = [0] * N if lead is None else [size - 1] * N if lead.is_cuda else lead.tolist()
+    ahead = [0] * N if lead is None else _known(lead)
+    ahead = [size - 1] * N if ahead is None else ahead
     needed = [-(-(a + n) // size) for a, n in zip(ahead, lengths, strict=True)]
     order = sorted(range(N), key=lambda n: -needed[n])
     rounds = [sum(c > r for c in needed) for r in range(max(needed, default=0))]

@@ -100,7 +100,7 @@ def _demo(
     jobs = [(model, context) for model in models for context in contexts]
     for model, context in track(jobs, "timing the decoding", console=Console(stderr=True), disable=quiet):
         lm, _ = load_model(model.config.out, device=device)
-        model.decoding[context] = time_decoding(lm, context, steps=20)
+        model.decoding[context] = time_decoding([lm], context, steps=20)[0]
     samples = _samples(models[0])
     _write(out, models, contexts, samples, device, as_shipped)
     console.print(_table(models, contexts))

@@ -18,9 +18,11 @@ import torch
 from model_cases import random_model
 from safetensors.torch import load_file, save_file
 
-from llm_mlp.context import Context, ContextError, Reader, Store, describe, diff
+from llm_mlp.context import Context, ContextError, Reader, Store, compose, describe, diff
 from llm_mlp.context import format as files
+from llm_mlp.context.store import examine
 from llm_mlp.infer import Sampling, generate
+from llm_mlp.ops.memorise.units import raw
 
 TEXT = [(7 * i * i + 3 * i) % 31 for i in range(90)]
 
@@ -397,3 +399,50 @@ def test_describe_and_diff(reader):
     alike = diff(a, a)
     assert alike["common_tokens"] == 60 and alike["layers"][0]["fast_weight_distance"] == 0
     assert alike["layers"][0]["units_shared"] == layer["units_used"]
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def held(weights: str = "bf16", state: str = "auto") -> Reader:
+    from llm_mlp.config import ModelConfig, build
+    from llm_mlp.models import build_model
+    from llm_mlp.weights import hold
+
+    config = build(ModelConfig, {"preset": "demo", "n_layers": 1, "vocab_size": 128})
+    return Reader(hold(build_model(config).randomize_(), weights).keep_state(state), None, transitions=True)
+
+
+def test_contexts_of_8_bits_are_kept_to_the_bit(tmp_path):
+    reader = held("int8", "bf16+8bit")
+    made = reader.create(TEXT)
+    assert made.manifest.quantization == "int8" and made.manifest.dtypes["keys"] == "float8_e4m3fn"
+    made.save(tmp_path / "c.safetensors")
+    restored = reader.adopt(examine(tmp_path / "c.safetensors", reader))
+    assert restored.manifest == made.manifest
+    assert all(torch.equal(raw(t), raw(restored.state[name])) for name, t in made.state.items())
+    assert greedy(reader, restored) == greedy(reader, made)
+    assert describe(restored)["layers"] and diff(made, restored)["layers"][0]["fast_weight_distance"] == 0
+    both = compose(reader, [made, reader.create(TEXT[:40])], [0])
+    assert both.manifest.dtypes == made.manifest.dtypes and both.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (("int8", "auto"), "made with weights in full, this model has int8 weights; load it with the --weights"),
+        (("bf16", "bf16+bf16"), "keeps its fast_weights in float32, this model in bfloat16; load it with the --state"),
+        (("bf16", "bf16+8bit"), "keeps its fast_weights in float32, this model in bfloat16"),
+    ],
+)
+def test_contexts_of_other_settings_are_refused(other, says, tmp_path):
+    made, reader = held().create(TEXT), held(*other)
+    for use in (reader.adopt, lambda c: reader.append(c, [1, 2])):
+        with pytest.raises(ContextError, match=says):
+            use(made)
+    with pytest.raises(ContextError, match="this model has weights in full" if other[0] == "int8" else "keeps its"):
+        held().adopt(reader.create(TEXT))
+    store = Store(tmp_path)
+    store.commit(made, "text")
+    found = store.find(TEXT + [5], reader)
+    assert found.context is None and ("none of 1 stored contexts" in found.reason or says in found.reason)

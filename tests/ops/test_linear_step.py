@@ -7,7 +7,8 @@ import torch
 from op_cases import DEVICE, close
 
 from llm_mlp.ops.heads import gates, gates_step, rms_norm
-from llm_mlp.ops.linear_step import ROWS, Product, linear_step
+from llm_mlp.ops.linear_step import ROWS, Product, linear, linear_step
+from llm_mlp.ops.linear_step.quantized import Int4, Int8
 
 EPS = 1e-6
 
@@ -62,6 +63,66 @@ def test_kernel(B, sizes, how):
     for y, want in zip(got, linear_step(x.double(), wide, **how), strict=True):
         assert y.dtype == dtype
         close(y.double(), want, 2**-8 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("B", [1, 3, ROWS])
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ([(40, 96, 0), (33, 96, 0)], {"eps": EPS, "relu2": True}),
+        ([(35, 160, 0)], {}),
+        ([(40, 16, 32), (24, 16, 16)], {}),
+    ],
+)
+def test_kernel_of_int8(B, sizes, how):
+    pytest.importorskip("triton", reason="the kernels are optional")
+    x = normal(B, max(K + begin for _, K, begin in sizes), dtype=torch.bfloat16)
+    products = matrices(*sizes, dtype=torch.bfloat16)
+    products[0] = products[0]._replace(weight=Int8.of(products[0].weight))  # beside one that stays
+    got = linear_step(x, products, **how, backend="triton")
+    wide = [p.weight.dequantize(torch.float64) if isinstance(p.weight, Int8) else p.weight.double() for p in products]
+    exact = [
+        Product(w, None if p.bias is None else p.bias.double(), p.begin) for w, p in zip(wide, products, strict=True)
+    ]
+    for y, want in zip(got, linear_step(x.double(), exact, **how), strict=True):
+        close(y.double(), want, 2**-8 * float(want.abs().max()))
+
+
+def test_int8_is_the_nearest():
+    weight = normal(40, 96).cpu() * torch.logspace(-6, 3, 40)[:, None]
+    weight[7] = 0
+    found = Int8.of(weight)
+    assert found.numbers.abs().max() <= 127 and not found.dequantize(torch.float64)[7].any()
+    # Half a step, and where the scale was rounded down the largest number is cut by 2^-9 of it.
+    step = found.scale.double()[:, None]
+    assert ((found.dequantize(torch.float64) - weight).abs() <= 0.5 * step + 2**-8 * weight.abs()).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_is_the_nearest(group):
+    weight = normal(32, 3 * group).cpu()
+    found = Int4.of(weight)
+    assert found.group == group and found.packed.numel() * found.packed.element_size() == weight.numel() // 2
+    parts = weight.view(32, 3, group)
+    step = (parts.amax(-1) - parts.amin(-1)) / 15
+    error = (found.dequantize(torch.float64) - weight).abs().view_as(parts)
+    # Half a step, and what bfloat16 loses of scale and zero.
+    assert (error <= 0.52 * step[..., None] + 2**-7 * parts.abs().amax(-1, keepdim=True)).all()
+    with pytest.raises(ValueError, match=r"int4: a matrix \(30, 64\); rows in multiples of 16"):
+        Int4.of(normal(30, 64))
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("B", [1, 8, 9, 40])
+def test_products_of_quantised_matrices(kind, dtype, B):
+    matrix, bias = kind.of(normal(48, 160).cpu()), normal(48, seed=1).cpu()
+    x = normal(B, 2, 160, seed=2).cpu().to(dtype)
+    got = linear(x, matrix, bias.to(dtype))
+    want = x.double() @ matrix.dequantize(torch.float64).T + bias.to(dtype).double()
+    assert got.shape == (B, 2, 48) and got.dtype == dtype
+    # The product, the scale and the sum are each rounded.
+    close(got.double(), want, (3 * 2**-8 if dtype == torch.bfloat16 else 1e-6) * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(("decays", "shares"), [(True, True), (True, False), (False, True)])

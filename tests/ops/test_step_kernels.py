@@ -107,17 +107,24 @@ def test_memorise_adds_scores_up(backend):
     assert torch.equal(one.keys, other.keys)
 
 
-def test_memorise_rows_in_another_dtype():
+@pytest.mark.parametrize("rows", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_memorise_rows_in_another_dtype(rows):
     how = {"block": 4, "slots": 3}
     q, k, w, score, sink = memorise_inputs(2, 11, 1, 16, 1, 16, scores="distinct", dtype=torch.float32)
     score, sink = score.float(), sink.float()
-    own, other = (units_init(2, 1, 16, 1, 16, **how, dtype=torch.bfloat16, device=d) for d in (DEVICE, "cpu"))
+    k[:, 3::6], w[:, 4::4] = (
+        3e3 * k[:, 3::6],
+        1e-3 * w[:, 4::4],
+    )  # beyond what 8 bits hold; below their normal ones
+    own, other = (units_init(2, 1, 16, 1, 16, **how, dtype=rows, device=d) for d in (DEVICE, "cpu"))
     for t in range(11):
         token = [x[:, t] for x in (q, k, w, score)]
         y = memorise_step(*(x.to(DEVICE) for x in token), sink.to(DEVICE), own, backend="triton", **how)
         close(y.cpu(), memorise_step(*token, sink, other, backend="chunked", **how), 1e-5)
+    if rows == torch.float8_e4m3fn:
+        assert float(own.keys.float().abs().max()) == 448  # saturated, not NaN
     for a, b in zip(own, other, strict=True):
-        assert torch.equal(a.cpu(), b)
+        assert torch.equal(a.cpu().float(), b.float())
 
 
 @pytest.mark.parametrize("rows", [None, [3, -1, 0]], ids=["all", "pool"])

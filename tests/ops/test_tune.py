@@ -20,13 +20,17 @@ CHECKED = [  # every op with kernels, at small sizes
     ("heads", (("R", 0), ("V", 16), ("dtype", "bfloat16"))),
     ("heads_step", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
     ("gates_step", (("R", 0), ("V", 0), ("dtype", "bfloat16"))),
-    ("linear_step", (("dtype", "bfloat16"),)),
+    ("linear_step", (("eight", False), ("dtype", "bfloat16"))),
+    ("linear_step", (("eight", True), ("dtype", "bfloat16"))),
     ("cross_entropy", (("dtype", "bfloat16"),)),
     ("perceive_step", (*SIZES[:3], ("scalar", True), ("state", "float32"), ("dtype", "bfloat16"))),
-    (
-        "memorise_step",
-        (("R", 16), ("width", 32), ("block", 8), ("slots", 4), ("activation", "relu2"), ("rows", "bfloat16"),
-         ("dtype", "bfloat16")),
+    *(
+        (
+            "memorise_step",
+            (("R", 16), ("width", 32), ("block", 8), ("slots", 4), ("activation", "relu2"), ("rows", rows),
+             ("dtype", "bfloat16")),
+        )
+        for rows in ("bfloat16", "float8_e4m3fn")
     ),
 ]  # fmt: skip
 

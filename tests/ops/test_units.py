@@ -7,6 +7,7 @@ import torch
 from op_cases import carried_units, close, copied, memorise_inputs, naive_memorise, same_units
 
 from llm_mlp.ops import Units, memorise, units_merge, units_select
+from llm_mlp.ops.memorise.units import from_rows, to_rows
 
 G, R, m, V = 2, 3, 2, 2
 SIZES = [(4, 3), (4, 0), (5, 20), (1, 2), (0, 0)]
@@ -144,3 +145,13 @@ def test_units_are_checked():
         units_select(k, w, score, other, block=4, slots=3)
     with pytest.raises(ValueError, match=r"units_select: score has shape"):
         units_select(k, w, score[..., 0], block=4, slots=3)
+
+
+def test_8_bits_are_looked_up_as_torch_converts_them():
+    rows = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        found = from_rows(rows, dtype)
+        assert found.dtype == dtype and torch.equal(found.nan_to_num(nan=999), rows.to(dtype).nan_to_num(nan=999))
+    wide = torch.tensor([1e9, -449.0, 447.0, 0.0625, -torch.inf])
+    assert to_rows(wide, torch.float8_e4m3fn).tolist() == [448.0, -448.0, 448.0, 0.0625, -448.0]
+    assert to_rows(torch.tensor([torch.nan]), torch.float8_e4m3fn).isnan().all()  # never hidden

@@ -90,7 +90,7 @@ def test_a_killed_server_loses_no_context(folder, tmp_path, model):
     [
         (("--host", "0.0.0.0"), "without API keys only this machine is served"),
         (("--api-keys", "/nowhere/keys"), "cannot be read"),
-        (("--dtype", "fp4"), "expected fp32"),
+        (("--weights", "fp4"), "expected fp32"),
     ],
 )
 def test_serve_refuses(folder, more, says):

@@ -125,7 +125,8 @@ def memorise_step(
 
     Args:
         q, k: ``[B, G, R]``. w: ``[B, G, m, V]``. score: ``[B, G]``, or ``[B, G, n]`` to be added up. sink: ``[G]``.
-        units: pool of N, changed in place. state_indices: as in `perceive_step`.
+        units: pool of N, changed in place; rows in any float dtype, float8_e4m3fn saturates at 448.
+        state_indices: as in `perceive_step`.
         backend: ``auto | chunked | triton`` (chunked: plain torch).
 
     Returns:
@@ -180,6 +181,8 @@ def _step_not_served(q: Tensor, k: Tensor, w: Tensor, units: Units, block: int) 
         return f"dtypes {q.dtype}, {k.dtype}, {w.dtype} (one of bfloat16, float16 and float32 is)"
     if block == 0 or not all(x.is_contiguous() for x in units) or units.scores.dtype != torch.float32:
         return "no block" if block == 0 else "units that are not contiguous or have scores in float64"
+    if units.keys.dtype.itemsize == 1 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return "8-bit rows on a GPU without their instructions (compute capability 8.9 has them)"
     R, width = q.shape[-1], w.shape[-2] * w.shape[-1]
     if R & (R - 1) or not 16 <= R <= 256 or width > 512:
         return f"R = {R}, m * V = {width} (R a power of two from 16 to 256, m * V up to 512 is)"

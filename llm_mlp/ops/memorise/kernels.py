@@ -385,8 +385,13 @@ def _chain(
             if BLOCKS:
                 length = tl.load(length_ptr + first + n)
                 full = length == block
-                if BEFORE == 2:  # noqa: SIM102 (known when it is compiled)
-                    if n >= follow:  # the sequence's last block may be left open
+                if BEFORE == 2:
+                    # The first block that is not full, or that there is none. Empty blocks may follow it.
+                    earlier = first - N
+                    if not DENSE:
+                        earlier = tl.load(first_ptr + r - 1, mask=r > 0, other=0)
+                    ahead = tl.load(length_ptr + earlier + n, mask=r > 0, other=block)
+                    if ((length < block) & (ahead == block)) | ((length == block) & (n >= follow)):
                         start = tl.load(start_ptr + first + n).to(tl.int64)
                         open_ = where_if(i < length, length < block)
                         score = tl.load(score_ptr + (start + i) * G + g, mask=open_, other=-float("inf"))

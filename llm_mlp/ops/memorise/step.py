@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_mlp.ops.backend import accumulation_dtype, invariant
-from llm_mlp.ops.memorise.units import Units, own_pool, ranked, take_rows
+from llm_mlp.ops.memorise.units import Units, from_rows, own_pool, ranked, raw, take_rows, to_rows
 
 
 def memorise_step(
@@ -28,20 +28,20 @@ def memorise_step(
     if indices is not None:
         valid = indices >= 0
         if invariant():  # every row is computed, in the places of padding whatever row 0 gives
-            pool = Units(*(x[indices.clamp(min=0)] for x in units))
+            pool = Units(*(raw(x)[indices.clamp(min=0)].view(x.dtype) for x in units))
             y = memorise_step(q, k, w, score, sink, pool, None, block, slots, activation)
             for whole, part in zip(units, pool, strict=True):
-                whole[indices[valid]] = part[valid]
+                raw(whole)[indices[valid]] = raw(part)[valid]
             return torch.where(valid[:, None, None, None], y, 0)
         keep = indices[valid]
-        pool = Units(*(x[keep] for x in units))
+        pool = Units(*(raw(x)[keep].view(x.dtype) for x in units))
         y = torch.zeros_like(w)
         if keep.numel():
             y[valid] = memorise_step(
                 q[valid], k[valid], w[valid], score[valid], sink, pool, None, block, slots, activation
             )
             for whole, part in zip(units, pool, strict=True):
-                whole[keep] = part
+                raw(whole)[keep] = raw(part)
         return y
     B, G, R = q.shape
     m, V = w.shape[-2:]
@@ -57,12 +57,13 @@ def memorise_step(
     even = not whole_block and len(set(lengths)) == 1
     rows = slots + max(lengths, default=0) + 1
     for whole, new in ((units.keys, k), (units.values, w), (units.scores, score)):
+        new = to_rows(new, whole.dtype)
         if even:
             whole[:, :, rows - 1] = new
         else:
-            whole[torch.arange(B, device=q.device), :, slots + filled] = new.to(whole.dtype)
+            raw(whole)[torch.arange(B, device=q.device), :, slots + filled] = raw(new)
     keys, values = (x[:, :, :rows].flatten(0, 1).flatten(2) for x in (units.keys, units.values))
-    z = torch.bmm(q.reshape(B * G, 1, R), keys.to(q.dtype).mT).view(B, G, rows).to(dtype) * R**-0.5
+    z = torch.bmm(q.reshape(B * G, 1, R), from_rows(keys, q.dtype).mT).view(B, G, rows).to(dtype) * R**-0.5
     unseen = -torch.inf if activation == "softmax" else 0.0
     z[..., :slots].masked_fill_(units.scores[:, :, :slots] == -torch.inf, unseen)
     if not even:
@@ -74,7 +75,7 @@ def memorise_step(
     else:
         r2 = z.relu_().square_()
         p = r2 / (r2.sum(-1, keepdim=True) + s.exp())
-    y = torch.bmm(p.to(w.dtype).reshape(B * G, 1, rows), values.to(w.dtype))
+    y = torch.bmm(p.to(w.dtype).reshape(B * G, 1, rows), from_rows(values, w.dtype))
 
     units.length.add_(1)
     full = filled == block - 1
@@ -87,9 +88,9 @@ def _take_in(units: Units, which: Tensor, slots: int) -> None:
     """The slots of sequences ``which`` take in their full block, which becomes empty."""
     pick, top = ranked(units.scores[which], slots)
     used = top > -torch.inf
-    keys = take_rows(*own_pool(units.keys[which], pick), used)
-    values = take_rows(*own_pool(units.values[which], pick), used)
-    for whole, kept, empty in ((units.keys, keys, 0.0), (units.values, values, 0.0), (units.scores, top, -torch.inf)):
+    rows_k, rows_v = raw(units.keys), raw(units.values)
+    keys, values = (take_rows(*own_pool(rows[which], pick), used) for rows in (rows_k, rows_v))
+    for whole, kept, empty in ((rows_k, keys, 0), (rows_v, values, 0), (units.scores, top, -torch.inf)):
         rows = torch.full_like(whole[which], empty)
         rows[:, :, :slots] = kept
         whole[which] = rows

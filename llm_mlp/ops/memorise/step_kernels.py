@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.memorise.units import Units
+from llm_mlp.ops.memorise.units import Units, raw
 from llm_mlp.ops.tiles import after_previous, narrow
 from llm_mlp.ops.tune import Sizes, Table, aligned, overlap, plan
 
@@ -154,9 +154,9 @@ def _close(
                 place = tl.sum(tl.where(mine, j[None, :], 0), 1)
                 top = tl.max(tl.where(mine, score[None, :], -float("inf")), 1)
                 there, used = (s < SLOTS)[:, None], (top > -float("inf"))[:, None]
-                key = tl.load(keys + (place[:, None] * R + r[None, :]), mask=there & used, other=0.0)
+                key = tl.load(keys + (place[:, None] * R + r[None, :]), mask=there & used, other=0)
                 value = tl.load(
-                    values + (place[:, None] * width + c[None, :]), mask=there & used & inside[None, :], other=0.0
+                    values + (place[:, None] * width + c[None, :]), mask=there & used & inside[None, :], other=0
                 )
                 tl.debug_barrier()
                 tl.store(keys + (s[:, None] * R + r[None, :]), key, mask=there)
@@ -212,7 +212,7 @@ def _memorise_step(
             M=M, BM=triton.next_power_of_2(M), SOFTMAX=activation == "softmax", **launch["_step"],
         )  # fmt: skip
         _close[(B, G)](
-            keys, values, scores, length, indices, full, partial, y, G, width, **form,
+            raw(keys), raw(values), scores, length, indices, full, partial, y, G, width, **form,
             J=triton.next_power_of_2(rows), BS=16, **launch["_close"],
         )  # fmt: skip
     return y

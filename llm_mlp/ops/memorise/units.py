@@ -7,6 +7,7 @@ score -inf. After arXiv 2607.02303.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 class Units(NamedTuple):
     """Memorised units of N sequences. keys and values are differentiable, scores and length are not."""
 
-    keys: Tensor  # [N, G, slots+block, R] in k's dtype
-    values: Tensor  # [N, G, slots+block, m, V] in w's dtype
+    keys: Tensor  # [N, G, slots+block, R] in k's dtype; those of a step in any, float8_e4m3fn too (`to_rows`)
+    values: Tensor  # [N, G, slots+block, m, V] in w's dtype, or as keys
     scores: Tensor  # [N, G, slots+block] float32 (float64 for float64 inputs)
     length: Tensor  # [N] int64, tokens seen
 
@@ -46,6 +47,31 @@ def units_init(
         ),
         torch.zeros(N, dtype=torch.long, device=device),
     )
+
+
+def to_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as rows are kept. float8_e4m3fn has no infinity and no scale here: what is beyond 448 becomes 448."""
+    if dtype == torch.float8_e4m3fn and x.dtype != dtype:
+        x = x.clamp(-448.0, 448.0)
+    return x.to(dtype)
+
+
+@functools.cache
+def _eight_bits(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
+
+
+def from_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as they are computed with. On a CPU 8 bits are looked up, six times faster than torch converts them."""
+    if rows.dtype != torch.float8_e4m3fn or rows.device.type != "cpu":
+        return rows.to(dtype)
+    return _eight_bits(dtype).index_select(0, raw(rows).flatten().int()).view(rows.shape)
+
+
+def raw(x: Tensor) -> Tensor:
+    """``x``, or the bytes of 8-bit floats, to be moved and masked (zero is the byte 0): torch can do little with
+    those."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def check_sizes(op: str, block: int, slots: int) -> None:
@@ -125,8 +151,10 @@ def units_merge(a: Units, b: Units, *, block: int = 256, slots: int = 64) -> Uni
     used = top > -torch.inf
 
     def joined(x: Tensor, y: Tensor) -> Tensor:
+        kind, x, y = x.dtype, raw(x), raw(y)
         best = take_rows(*own_pool(torch.cat([x, y[:, :, :slots]], 2), place), used)
-        return torch.cat([best, y[:, :, slots:]], 2)
+        both = torch.cat([best, y[:, :, slots:]], 2)
+        return both if both.dtype == kind else both.view(kind)  # a view as another dtype has no gradient
 
     return Units(
         joined(a.keys, b.keys),
