@@ -272,6 +272,8 @@ def test_bench_op(call, tmp_path, op):
         (["bench", "train", "--lengths", "0"], "'0': expected numbers of at least 1"),
         (["bench", "train", "--precision", "fp8"], "--precision 'fp8': expected fp32, bf16 or fp16"),
         (["bench", "train", "--preset", "demo-transformer"], "name demo; its twin runs beside it"),
+        (["bench", "decode", "--plot", "."], "--plot .: a folder; name a file in it"),
+        (["bench", "serve", "--clients", "0"], "'0': expected numbers of at least 1"),
         (["bench", "decode", "--device", "nope"], "device 'nope' cannot be used"),
         (["info", "--preset", "demo", "--model", "x"], "not both"),
         (["train", "demo", "optimizer.lr=.inf"], "optimizer.lr: Input should be a finite number"),

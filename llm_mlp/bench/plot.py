@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_mlp.config import ConfigError
 from llm_mlp.page import Figure, Series, figures, page, table, write
 
 Row = dict[str, Any]  # a line that `llm_mlp.bench.record.record` gave
@@ -32,6 +33,18 @@ class Group(NamedTuple):
     label: str
     rows: list[Row]
     plots: list[Plot]
+
+
+def check_place(path: Path | None) -> None:
+    """Refuse a page's path before anything is measured for it; its folder is made.
+
+    Raises:
+        ConfigError: it is a folder. OSError: it cannot be there.
+    """
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ConfigError(f"--plot {path}: a folder; name a file in it")
 
 
 def plot_serving(path: Path, rows: Sequence[Row]) -> None:
@@ -121,5 +134,4 @@ def _write(path: Path, title: str, groups: Sequence[Group]) -> None:
     parts = [f"<p>{html.escape(facts)}</p>"]
     if missing:
         parts.append(f"<p>Unavailable here, and not plotted: {html.escape('; '.join(missing))}.</p>")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, page(title, "\n".join([*parts, figures(drawn), *tables])))

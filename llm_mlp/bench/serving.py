@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_mlp.bench.plot import plot_serving
+from llm_mlp.bench.plot import check_place, plot_serving
 from llm_mlp.bench.record import record
 from llm_mlp.bench.speed import joules_told, setup
 from llm_mlp.checkpoint import load_model, save_model
@@ -257,6 +257,7 @@ def bench_serving(
 ) -> Iterator[str]:
     """The engine alone, then a server of it, with each number of streaming clients; yields lines, records a JSON line
     for each."""
+    check_place(plot)
     on = setup(device, threads)
     energy, rows = Energy(on), []
     with tempfile.TemporaryDirectory() as place:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llm_mlp.allocator import keep_freed_memory
-from llm_mlp.bench.plot import plot_decoding
+from llm_mlp.bench.plot import check_place, plot_decoding
 from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
@@ -220,6 +220,7 @@ def bench_decoding(
     for option, value, known in (("--weights", weights, WEIGHTS), ("--state", kept, STATES)):
         if value not in known:
             raise ConfigError(f"{option} {value!r}: expected {', '.join(known)}")
+    check_place(plot)
     on = setup(device, threads)
     if graph:
         _need_cuda(on)

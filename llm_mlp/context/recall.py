@@ -125,7 +125,7 @@ def plant(reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0) -
     if length < 2 * pairs:
         raise ContextError(f"a text of {length} tokens is too short for {pairs} pairs; give at least {2 * pairs}")
     if context.manifest.composed:
-        raise ContextError(f"context {context.id} is composed; measure the documents it came from")
+        raise ContextError(f"context {context.id} is composed; measure the documents it came from (compose --recall)")
     generator = torch.Generator().manual_seed(seed)
     values = torch.randperm(vocabulary, generator=generator)[:pairs]
     cues = torch.randint(vocabulary, (pairs, CUE), generator=generator)
