@@ -175,6 +175,44 @@ def test_bench(call, tmp_path):
         assert {"device", "torch", "commit", "seed", "time"} <= line.keys()
 
 
+class Metered:
+    """Takes the place of `Energy`: ten joules each time it is asked."""
+
+    def __init__(self, device: object) -> None:
+        self.now = 0.0
+
+    def joules(self) -> float:
+        self.now += 10
+        return self.now
+
+
+@pytest.mark.parametrize("metered", [True, False])
+def test_bench_decode_tells_energy_and_plots(call, tmp_path, monkeypatch, metered):
+    from llm_mlp import energy
+    from llm_mlp.bench import speed
+
+    monkeypatch.setattr(energy, "RAPL", tmp_path / "none")
+    monkeypatch.setattr(speed, "WINDOW", 0.05)
+    if metered:
+        monkeypatch.setattr(speed, "Energy", Metered)
+    results, plot = tmp_path / "speed.jsonl", tmp_path / "plots" / "decode.html"
+    args = ("--contexts", "16,32", "--batch", "1,2", "--steps", 2, "--results", results, "--plot", plot)
+    status, out, _ = call("bench", "decode", "--preset", "demo", *args)
+    assert status == 0 and out.count("context") == 4
+    assert ("J a token" in out) == metered and ("energy unavailable" in out) != metered
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["batch"], line["context"]) for line in lines] == [(1, 16), (1, 32), (2, 16), (2, 32)]
+    for line in lines:
+        for part in ("joules_per_token", "watts"):
+            assert set(line[part]) == {"demo", "demo-transformer"}
+            assert all((value is not None and value > 0) == metered for value in line[part].values())
+    page = plot.read_text()
+    kinds = 5 if metered else 3
+    # By context for both batches, by batch for both contexts.
+    assert page.count("<figure>") == 4 * kinds and "Decoding demo" in page and "Decoding, batch 2" in page
+    assert ("Unavailable here, and not plotted: Energy, batch 1" in page) != metered
+
+
 def test_settings_of_weights_and_state(call, trained, tmp_path):
     how, store = ("--weights", "int8", "--state", "bf16+8bit"), ("--store", tmp_path / "store")
     text = ("--prompt", "A river", "--max-tokens", 5, "--temperature", 0)
@@ -234,6 +272,8 @@ def test_bench_op(call, tmp_path, op):
         (["bench", "train", "--lengths", "0"], "'0': expected numbers of at least 1"),
         (["bench", "train", "--precision", "fp8"], "--precision 'fp8': expected fp32, bf16 or fp16"),
         (["bench", "train", "--preset", "demo-transformer"], "name demo; its twin runs beside it"),
+        (["bench", "decode", "--plot", "."], "--plot .: a folder; name a file in it"),
+        (["bench", "serve", "--clients", "0"], "'0': expected numbers of at least 1"),
         (["bench", "decode", "--device", "nope"], "device 'nope' cannot be used"),
         (["info", "--preset", "demo", "--model", "x"], "not both"),
         (["train", "demo", "optimizer.lr=.inf"], "optimizer.lr: Input should be a finite number"),
@@ -391,12 +431,21 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
     status, out, _ = call("context", "compose", "both", "a", "b", *model)
     assert status == 0 and out.startswith("both: ")
     assert call("generate", *model, "--context", "both", "--prompt", " It", "--max-tokens", "3")[0] == 0
+    status, out, _ = call("context", "compose", "told", "a", "b", *model, "--recall")
+    assert status == 0 and out.count("of 64 planted pairs") == 4 and out.count("by chance 1.6%") == 2
+    assert "recall of a: composed" in out and "recall of b: composed" in out
+    rows = json.loads(call("context", "compose", "json", "b", "a", *model, "--recall", "--json")[1])["recall"]
+    assert [row["source"] for row in rows] == ["b", "a"]
+    assert all(row[how]["pairs"] == 64 for row in rows for how in ("composed", "concatenated"))
+    assert call("context", "create", "brief", *model, "--text", "No.", "--composable")[0] == 0
     status, out, _ = call("context", "show", "a", *model, "--recall")
     assert status == 0 and "of 64 planted pairs" in out
     assert json.loads(call("context", "show", "a", *model, "--recall", "--json")[1])["recall"]["pairs"] == 64
     for args, says in (
         (("compose", "x", "a", "c", *model), "read without its transitions"),
         (("compose", "both", "a", *model), "'both' exists"),
+        (("compose", "x", "a", "brief", *model, "--recall"), "too short for 64 pairs"),
+        (("show", "x"), "does not exist"),  # nothing was stored
         (("show", "a", "--recall"), "--recall asks the model"),
         (("show", "both", *model, "--recall"), "is composed"),
     ):

@@ -14,7 +14,7 @@ import llm_mlp
 ROOT = Path(llm_mlp.__file__).parent
 # From the top down. What stands in one row does not import each other.
 LAYERS = [
-    ["presets", "allocator"],
+    ["presets", "allocator", "energy", "page"],
     ["config", "ops"],
     ["models", "data", "precision", "device"],
     ["weights"],

@@ -45,8 +45,10 @@ def commit() -> str:
         return "unknown"
 
 
-def record(path: str | Path, kind: str, values: dict[str, Any], *, device: torch.device | str, seed: int) -> dict:
-    """Append one result to a JSON lines file and return it."""
+def record(
+    path: str | Path | None, kind: str, values: dict[str, Any], *, device: torch.device | str, seed: int
+) -> dict:
+    """One result with where it comes from; appended to a JSON lines file, if there is to be one."""
     line = {
         "kind": kind,
         **values,
@@ -58,6 +60,8 @@ def record(path: str | Path, kind: str, values: dict[str, Any], *, device: torch
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if path is None:
+        return line
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf8") as file:

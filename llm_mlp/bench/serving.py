@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from llm_mlp.bench.plot import check_place, plot_serving
 from llm_mlp.bench.record import record
-from llm_mlp.bench.speed import setup
+from llm_mlp.bench.speed import joules_told, setup
 from llm_mlp.checkpoint import load_model, save_model
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.energy import Energy, Spent
 from llm_mlp.infer import Engine, Event, Request, Sampling
 from llm_mlp.models import build_model
 
@@ -186,9 +188,9 @@ def server(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 def bare_engine(
     folder: Path, bodies: Sequence[dict], *, clients: int, seconds: float, held: dict[str, Any], **how: Any
-) -> float:
-    """Tokens a second of the engine alone with the same requests, each followed by the next as soon as it ends.
-    ``held``: how `load_model` loads it."""
+) -> tuple[float, float | None]:
+    """Tokens a second, and joules a token, of the engine alone with the same requests, each followed by the next as
+    soon as it ends. ``held``: how `load_model` loads it."""
     model, tokenizer = load_model(folder, **held)
     engine = Engine(model, vocabulary=tokenizer.vocab_size, **how)
     stop, turn = frozenset([tokenizer.eos]), iter(range(10**9))
@@ -213,9 +215,11 @@ def bare_engine(
 
     for _ in range(clients):
         ask()
-    while engine.busy:
-        engine.step()
-    return engine.counters.tokens / (time.perf_counter() - began)
+    with Spent(Energy(engine.device)) as spent:
+        while engine.busy:
+            engine.step()
+    tokens = engine.counters.tokens
+    return tokens / (time.perf_counter() - began), None if spent.joules is None else spent.joules / tokens
 
 
 def pairs(count: int, prompt_tokens: int, max_tokens: int, tokenizer: Tokenizer) -> list[dict]:
@@ -238,7 +242,7 @@ def pairs(count: int, prompt_tokens: int, max_tokens: int, tokenizer: Tokenizer)
 def bench_serving(
     folder: Path | None,
     preset: str,
-    clients: int,
+    clients: list[int],
     seconds: float,
     slots: int,
     prompt_tokens: int,
@@ -247,11 +251,15 @@ def bench_serving(
     weights: str,
     kept: str,
     results: str | Path | None,
+    plot: Path | None,
     threads: int,
     device: str,
 ) -> Iterator[str]:
-    """The engine alone, then a server of it with streaming clients; yields lines, records one JSON line."""
+    """The engine alone, then a server of it, with each number of streaming clients; yields lines, records a JSON line
+    for each."""
+    check_place(plot)
     on = setup(device, threads)
+    energy, rows = Energy(on), []
     with tempfile.TemporaryDirectory() as place:
         if folder is None:
             tokenizer = Tokenizer.bytes()
@@ -262,24 +270,39 @@ def bench_serving(
             save_model(folder, build_model(config).randomize_(), tokenizer)
         _, tokenizer = load_model(folder)
         bodies = pairs(16, prompt_tokens, max_tokens, tokenizer)
+        queue = 10 * max(clients)
         held = {"device": on, "weights": weights, "state": kept}
-        how: dict[str, Any] = {"slots": slots, "invariant": invariant, "queue": 10 * clients}
-        bare = bare_engine(folder, bodies, clients=clients, seconds=seconds / 2, held=held, **how)
-        yield f"engine alone: {bare:,.0f} tokens/s"
-        options = ["--slots", str(slots), "--queue", str(10 * clients), "--device", str(on), "--threads", str(threads)]
+        how: dict[str, Any] = {"slots": slots, "invariant": invariant, "queue": queue}
+        bare = {}
+        for number in clients:
+            bare[number] = bare_engine(folder, bodies, clients=number, seconds=seconds / 2, held=held, **how)
+            yield f"engine alone, {number} requests: {bare[number][0]:,.0f} tokens/s, {joules_told(bare[number][1])}"
+        options = ["--slots", str(slots), "--queue", str(queue), "--device", str(on), "--threads", str(threads)]
         options += ["--weights", weights, "--state", kept]
         with server(folder, *options, *(["--invariant"] if invariant else [])) as (url, pid):
             load(url, bodies, clients=1, seconds=0.5, pid=pid)  # warm
-            found = load(url, bodies, clients=clients, seconds=seconds, pid=pid).summary()
-    ratio = found["tokens_per_second"] / bare
-    facts = {"model": folder.name, "clients": clients, "slots": slots, "invariant": invariant, "seconds": seconds}
-    facts |= {"weights": weights, "state": kept}
-    facts |= {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "engine_tokens_per_second": round(bare, 1)}
-    if results:
-        record(results, "serve-speed", facts | found | {"ratio": round(ratio, 3)}, device=on, seed=0)
+            for number in clients:
+                with Spent(energy) as spent:
+                    measured = load(url, bodies, clients=number, seconds=seconds, pid=pid)
+                found, (speed, joules) = measured.summary(), bare[number]
+                ratio = found["tokens_per_second"] / speed
+                each = None if spent.joules is None else spent.joules / max(1, measured.tokens)
+                facts = {"model": folder.name, "clients": number, "slots": slots, "invariant": invariant}
+                facts |= {"weights": weights, "state": kept}
+                facts |= {"seconds": seconds, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens}
+                facts |= {"engine_tokens_per_second": round(speed, 1), "engine_joules_per_token": joules, **found}
+                facts |= {"ratio": round(ratio, 3), "joules_per_token": each, "watts": spent.watts}
+                rows.append(record(results, "serve-speed", facts, device=on, seed=0))
+                yield from _told(number, found, ratio, each)
+    if plot is not None:
+        plot_serving(plot, rows)
+
+
+def _told(clients: int, found: dict[str, Any], ratio: float, joules: float | None) -> Iterator[str]:
+    """What a load's `Load.summary` says, in lines."""
     yield (
-        f"server, {clients} clients: {found['tokens_per_second']:,.0f} tokens/s, {ratio:.2f} of the engine's; "
-        f"{found['streams']} streams, {found['errors']} errors"
+        f"server, {clients} clients: {found['tokens_per_second']:,.0f} tokens/s, {ratio:.2f} of the engine's, "
+        f"{joules_told(joules)}; {found['streams']} streams, {found['errors']} errors"
     )
     for name in ("first_token_ms", "between_tokens_ms"):
         values = ", ".join(f"{p} {v} ms" for p, v in found[name].items())

@@ -7,15 +7,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_mlp.allocator import keep_freed_memory
+from llm_mlp.bench.plot import check_place, plot_decoding
 from llm_mlp.bench.record import record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
+from llm_mlp.energy import WINDOW, Energy, Spent
 from llm_mlp.models import LM, build_model
 from llm_mlp.models.capture import CapturedGradients, CapturedStep
 from llm_mlp.models.mixer import STATES
@@ -43,6 +46,24 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def energy_each(call: Callable[[], Any], device: torch.device) -> dict[str, float | None]:
+    """Joules of one call, and the device's mean power over a second of them; None where unavailable, without a call."""
+    energy, count = Energy(device), 0
+    if energy.joules() is None:
+        return {"joules": None, "watts": None}
+    end = time.perf_counter() + WINDOW  # counters move each tens of milliseconds
+    with Spent(energy) as spent:
+        while time.perf_counter() < end:
+            timed(call, device)
+            count += 1
+    return {"joules": None if spent.joules is None else spent.joules / count, "watts": spent.watts}
+
+
+def joules_told(joules: float | None) -> str:
+    """Of a token, as a line says it."""
+    return "energy unavailable" if joules is None else f"{joules:.3g} J a token"
 
 
 def _pair(preset: str, device: torch.device) -> dict[str, LM]:
@@ -136,9 +157,9 @@ def _need_cuda(device: torch.device) -> None:
 
 def time_decoding(
     models: Sequence[LM], context: int, steps: int, batch: int = 1, graph: bool = False
-) -> list[dict[str, float]]:
-    """Of each model, which step in turn: median seconds a step after ``context`` random tokens, and the bytes of a
-    sequence's state there.
+) -> list[dict[str, Any]]:
+    """Of each model, which step in turn: median seconds a step after ``context`` random tokens, the bytes of a
+    sequence's state there, and `energy_each` of some more steps of it alone (a cache grows by as many).
 
     ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
     """
@@ -150,7 +171,10 @@ def time_decoding(
             seconds = timed(call, device)
             if round_ >= 3:  # the first are warm-up
                 own.append(seconds)
-    return [{"seconds": statistics.median(own), "state_bytes": size} for own, size in zip(times, sizes, strict=True)]
+    return [
+        {"seconds": statistics.median(own), "state_bytes": size, **energy_each(call, device)}
+        for call, own, size in zip(calls, times, sizes, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -177,15 +201,16 @@ def bench_decoding(
     preset: str,
     contexts: list[int],
     steps: int,
-    batch: int,
+    batches: list[int],
     weights: str,
     kept: str,
     graph: bool,
     results: str | Path | None,
+    plot: Path | None,
     threads: int,
     device: str,
 ) -> Iterator[str]:
-    """Preset and twin at each context; yields a line a context, records tokens/s, bytes and the ratio.
+    """Preset and twin at each batch and context; yields a line for each, records tokens/s, bytes, energy and the ratio.
 
     ``weights``, ``kept``: as `llm_mlp.checkpoint.load_model`. Quantised weights and states that are not ``auto``
     run in turn with the same preset without both, in the dtype they compute in, as the twin is. ``graph``: the preset's
@@ -195,6 +220,7 @@ def bench_decoding(
     for option, value, known in (("--weights", weights, WEIGHTS), ("--state", kept, STATES)):
         if value not in known:
             raise ConfigError(f"{option} {value!r}: expected {', '.join(known)}")
+    check_place(plot)
     on = setup(device, threads)
     if graph:
         _need_cuda(on)
@@ -205,9 +231,9 @@ def bench_decoding(
     if weights not in FLOATS or kept != "auto":
         models[plain] = copy.deepcopy(models[preset])
     hold(models[preset], weights).keep_state(kept)
-    held = {name: weight_bytes(model) for name, model in models.items()}
-    for context in contexts:
-        too_large, found = "", dict[str, dict[str, float]]()
+    held, rows = {name: weight_bytes(model) for name, model in models.items()}, []
+    for batch, context in product(batches, contexts):
+        too_large, found = "", dict[str, dict[str, Any]]()
         for names in ([name for name in models if name != twin], [twin]):
             own = names != [twin]
             try:
@@ -222,23 +248,27 @@ def bench_decoding(
         speed = {name: batch / f["seconds"] for name, f in found.items()}
         size = {name: f["state_bytes"] for name, f in found.items()}
         ratio = None if graph or too_large else speed[preset] / speed[twin]
-        if results:
-            facts = {"preset": preset, "context": context, "batch": batch, "weights": weights, "state": kept}
-            facts |= {"graph": graph, "tokens_per_second": speed, "weight_bytes": held, "state_bytes": size}
-            facts |= {"ratio": ratio}
-            record(results, "decode-speed", facts, device=on, seed=0)
+        energy = {name: None if f["joules"] is None else f["joules"] / batch for name, f in found.items()}
+        facts = {"preset": preset, "context": context, "batch": batch, "weights": weights, "state": kept}
+        facts |= {"graph": graph, "tokens_per_second": speed, "weight_bytes": held, "state_bytes": size}
+        facts |= {"joules_per_token": energy, "watts": {name: f["watts"] for name, f in found.items()}, "ratio": ratio}
+        rows.append(record(results, "decode-speed", facts, device=on, seed=0))
         beside = too_large or (
             f"{speed[twin]:>8,.1f}"
             + (" (not in a graph)" if ratio is None else f", ratio {ratio:.2f}")
-            + f"; its state {size[twin] / 1e6:.1f} MB"
+            + f"; its state {size[twin] / 1e6:.1f} MB, {joules_told(energy[twin])}"
         )
         yield (
-            f"context {context:>6}: {speed[preset]:>8,.1f} tokens/s, {1e3 * batch / speed[preset]:.2f} ms a step, "
-            f"weights {held[preset] / 1e6:.1f} MB, state {size[preset] / 1e6:.1f} MB; "
+            f"batch {batch:>3}, context {context:>6}: {speed[preset]:>8,.1f} tokens/s, "
+            f"{1e3 * batch / speed[preset]:.2f} ms a step, weights {held[preset] / 1e6:.1f} MB, "
+            f"state {size[preset] / 1e6:.1f} MB, {joules_told(energy[preset])}; "
             + (
-                f"{plain}: {speed[plain]:,.1f} tokens/s, {held[plain] / 1e6:.1f} MB, {size[plain] / 1e6:.1f} MB; "
+                f"{plain}: {speed[plain]:,.1f} tokens/s, {held[plain] / 1e6:.1f} MB, {size[plain] / 1e6:.1f} MB, "
+                f"{joules_told(energy[plain])}; "
                 if plain in speed
                 else ""
             )
             + f"twin: {beside}"
         )
+    if plot is not None:
+        plot_decoding(plot, rows)

@@ -12,7 +12,7 @@ import typer
 
 import llm_mlp
 from llm_mlp.cli.contexts import context_app
-from llm_mlp.cli.options import Device, Kept, ModelDir, Overrides, Repeats, StoreDir, Threads, Tokens, Weights
+from llm_mlp.cli.options import Device, Kept, ModelDir, Overrides, Plot, Repeats, StoreDir, Threads, Tokens, Weights
 from llm_mlp.cli.plan import plan
 from llm_mlp.cli.runs import run_app
 from llm_mlp.cli.serving import chat, serve
@@ -427,20 +427,21 @@ def bench_decode(
     preset: Annotated[str, typer.Option(help="Preset; its twin runs beside it.")] = "30m",
     contexts: Annotated[str, typer.Option(help="Tokens already read, comma-separated.")] = "512,4096,16384",
     steps: Repeats = 40,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together.")] = 1,
+    batch: Annotated[str, typer.Option(help="Sequences that decode together, comma-separated.")] = "1",
     weights: Weights = "fp32",
     kept: Kept = "auto",
     graph: Annotated[bool, typer.Option("--graph", help="The preset's steps as a CUDA graph.")] = False,
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    plot: Plot = None,
     threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
-    """Decoding speed, bytes of weights and state against the twin with its cache. Quantised weights and narrower
-    states run beside the same in bf16, or what they compute in."""
+    """Decoding speed, bytes of weights and state and energy against the twin with its cache. Quantised weights and
+    narrower states run beside the same in bf16, or what they compute in."""
     from llm_mlp.bench.speed import bench_decoding
 
     for line in bench_decoding(
-        preset, _numbers(contexts), steps, batch, weights, kept, graph, results, threads, device
+        preset, _numbers(contexts), steps, _numbers(batch), weights, kept, graph, results, plot, threads, device
     ):
         typer.echo(line)
 
@@ -451,7 +452,7 @@ def bench_serve(
         Path | None, typer.Option("--model", "-m", help="Checkpoint; none: random weights.", show_default=False)
     ] = None,
     preset: Annotated[str, typer.Option(help="Of the random weights.")] = "demo",
-    clients: Annotated[int, typer.Option(min=1, help="That ask at a time.")] = 64,
+    clients: Annotated[str, typer.Option(help="That ask at a time; several numbers, comma-separated, in turn.")] = "64",
     seconds: Annotated[float, typer.Option(min=0.5, help="That they ask for.")] = 30.0,
     slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="About.")] = 32,
@@ -460,16 +461,17 @@ def bench_serve(
     weights: Weights = "fp32",
     kept: Kept = "auto",
     results: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    plot: Plot = None,
     threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
-    """A server under load beside the bare engine: throughput, latencies, memory, CPU."""
+    """A server under load beside the bare engine: throughput, latencies, memory, CPU, energy."""
     from llm_mlp.bench.serving import bench_serving
 
     for line in bench_serving(
         model,
         preset,
-        clients,
+        _numbers(clients),
         seconds,
         slots,
         prompt_tokens,
@@ -478,6 +480,7 @@ def bench_serve(
         weights,
         kept,
         results,
+        plot,
         threads,
         device,
     ):

@@ -50,6 +50,12 @@ def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool
     return Reader(*load_model(model, device=pick_device(device), weights=weights, state=kept), transitions=transitions)
 
 
+def _brought_back(found: Any) -> str:
+    """A `Recall` in words."""
+    low, high = found.interval
+    return f"{found.found} of {found.pairs} planted pairs, {found.rate:.1%} ({low:.1%} to {high:.1%})"
+
+
 def _say(context: Any, name: str) -> None:
     m = context.manifest
     note = ", read again from its token ids" if m.replayed else ""
@@ -173,11 +179,8 @@ def context_show(
         return
     _say(context, name)
     if back is not None:
-        low, high = back.interval
-        typer.echo(
-            f"recall {back.found} of {back.pairs} planted pairs, {back.rate:.1%} ({low:.1%} to {high:.1%}; by chance "
-            f"{back.chance:.1%}); {back.warning or 'all depths within reach'}"
-        )
+        note = back.warning or "all depths within reach"
+        typer.echo(f"recall {_brought_back(back)}, by chance {back.chance:.1%}; {note}")
     m = context.manifest
     typer.echo(f"made {m.created} on {m.device}, weights {m.weights}, parent {m.parent or 'none'}")
     typer.echo(f"marks {', '.join(map(str, m.marks)) or 'none'}; state {found['state_bytes'] / 1e6:.1f} MB")
@@ -254,21 +257,36 @@ def context_compose(
     new: Annotated[str, typer.Argument(metavar="NEW")],
     names: Annotated[list[str], typer.Argument(metavar="NAME...")],
     model: ModelDir,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure what comes back of each, beside reading them as one text.")
+    ] = False,
     store: StoreDir = None,
+    as_json: AsJson = False,
     weights: Weights = "fp32",
     kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
     """EXPERIMENTAL: one context of several documents', without reading them again (made with --composable)."""
-    from llm_mlp.context import ContextError, Store, compose
+    from llm_mlp.context import ContextError, Store, compose, measure_composed
 
     own = Store(store)
     if own.look(new) is not None:
         raise ContextError(f"context {new!r} exists; choose another name")
     reader = _reader(model, device, weights, kept)
-    made = compose(reader, [own.get(name, reader) for name in names], [reader.tokenizer.eos])
+    parts, separator = [own.get(name, reader) for name in names], [reader.tokenizer.eos]
+    made = compose(reader, parts, separator)
+    back = measure_composed(reader, parts, separator) if recall else None
     own.commit(made, new)
+    if as_json:
+        rows = None if back is None else [{"source": name} | b.report() for name, b in zip(names, back, strict=True)]
+        typer.echo(json.dumps({"name": new, "id": made.id, "tokens": made.manifest.tokens, "recall": rows}, indent=1))
+        return
     _say(made, new)
+    for name, each in zip(names, back or [], strict=False):
+        typer.echo(
+            f"recall of {name}: composed {_brought_back(each.composed)}; read as one text "
+            f"{_brought_back(each.concatenated)}; by chance {each.composed.chance:.1%}"
+        )
 
 
 @context_app.command("export")

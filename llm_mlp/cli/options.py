@@ -14,6 +14,9 @@ Overrides = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModelDir = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, or the folder of a finished run.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Write a page of plots (HTML) to this file.", show_default=False)
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each; the median counts.")]
 Weights = Annotated[
     str, typer.Option("--weights", help="Held in fp32, bf16, fp16, int8 or int4 (the last two compute in bf16).")

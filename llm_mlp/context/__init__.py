@@ -3,10 +3,10 @@
 `Context` is the object, `Reader` makes and extends it with a model, `Store` keeps many of them in a folder.
 """
 
-from llm_mlp.context.compose import compose
+from llm_mlp.context.compose import compose, composing
 from llm_mlp.context.context import Context, Reader, describe, diff
 from llm_mlp.context.format import ContextError, Manifest
-from llm_mlp.context.recall import Recall, ask, measure_recall, plant
+from llm_mlp.context.recall import Recall, SourceRecall, ask, measure_composed, measure_recall, plant, plant_each
 from llm_mlp.context.store import Found, Store, default_folder
 
 __all__ = [
@@ -16,12 +16,16 @@ __all__ = [
     "Manifest",
     "Reader",
     "Recall",
+    "SourceRecall",
     "Store",
     "ask",
     "compose",
+    "composing",
     "default_folder",
     "describe",
     "diff",
+    "measure_composed",
     "measure_recall",
     "plant",
+    "plant_each",
 ]

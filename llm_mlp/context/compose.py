@@ -9,13 +9,14 @@ end, for the convolutions' tails and the logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from llm_mlp.context.context import Context, Reader
 from llm_mlp.context.format import ContextError
+from llm_mlp.infer import Start, read_tokens
 from llm_mlp.models.mixer import State
 from llm_mlp.ops import Units, units_merge
 
@@ -31,6 +32,19 @@ def compose(reader: Reader, contexts: Sequence[Context], separator: Sequence[int
     Raises:
         ContextError: none, one without transitions, one that is composed itself, or a layer of attention.
     """
+    pieces = composing(reader, contexts, separator)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as done:
+            return reader.composed(done.value)
+
+
+def composing(
+    reader: Reader, contexts: Sequence[Context], separator: Sequence[int] | Tensor
+) -> Generator[None, None, Start]:
+    """What `compose` does, in pieces of a layer and an order each, between which others may use the model; returns what
+    `Reader.composed` makes the context of. Raises as `compose` does, from its first piece."""
     if not contexts:
         raise ContextError("nothing to compose: give at least one context")
     for context in contexts:
@@ -49,29 +63,34 @@ def compose(reader: Reader, contexts: Sequence[Context], separator: Sequence[int
         layer = f"layers.{number}."
         if f"{layer}fast_weights" not in own[0].state:
             raise ContextError(f"layer {number} ({type(block.mixer).__name__}) has no second layers to compose")
-        state[f"{layer}fast_weights"] = _mean_over_cycles(own, number)
+        total = None
+        for first in range(len(own)):
+            S = _in_order([*own[first:], *own[:first]], number)
+            total = S if total is None else total + S
+            yield
+        assert total is not None
+        state[f"{layer}fast_weights"] = total / len(own)
         if perception.block:
             merged = Units(*(own[0].state[layer + name] for name in UNITS))
             for context in own[1:]:
                 after = Units(*(context.state[layer + name] for name in UNITS))
                 merged = units_merge(merged, after, block=perception.block, slots=perception.slots)
             state.update({layer + name: t for name, t in zip(UNITS, merged, strict=True)})
+            yield
         if f"{layer}conv" in own[-1].state:
             state[f"{layer}conv"] = own[-1].state[f"{layer}conv"]
-    return reader.finish(own, state, torch.as_tensor(separator, dtype=torch.int64))
+    end = torch.as_tensor(separator, dtype=torch.int32)
+    tokens = torch.cat([*(c.tokens for c in own), end])
+    return Start(tokens, *read_tokens(reader.model, end, state, position=len(tokens) - len(end)))
 
 
-def _mean_over_cycles(contexts: Sequence[Context], number: int) -> Tensor:
-    """The layer's second layers after all documents, ``[1, G, F, m, V]``, averaged over the n cyclic orders."""
-    n, total = len(contexts), None
-    for first in range(n):
-        S = contexts[first].state[f"layers.{number}.fast_weights"]
-        for k in range(1, n):
-            context = contexts[(first + k) % n]
-            assert context.transition is not None
-            P, log_a = (context.transition[f"layers.{number}.{name}"] for name in ("P", "log_a"))
-            Z = context.state[f"layers.{number}.fast_weights"].to(P.dtype)
-            S = torch.einsum("bgij,bgjmv->bgimv", P, S.to(P.dtype)) * log_a.exp()[:, :, None, :, None] + Z
-        total = S if total is None else total + S
-    assert total is not None
-    return total / n
+def _in_order(contexts: Sequence[Context], number: int) -> Tensor:
+    """A layer's second layers after these documents, one after another, ``[1, G, F, m, V]``."""
+    layer = f"layers.{number}."
+    S = contexts[0].state[f"{layer}fast_weights"]
+    for context in contexts[1:]:
+        assert context.transition is not None
+        P, log_a = context.transition[f"{layer}P"], context.transition[f"{layer}log_a"]
+        Z = context.state[f"{layer}fast_weights"].to(P.dtype)
+        S = torch.einsum("bgij,bgjmv->bgimv", P, S.to(P.dtype)) * log_a.exp()[:, :, None, :, None] + Z
+    return S

@@ -246,11 +246,10 @@ class Reader:
         marks = [*(parent.manifest.marks if parent else []), len(tokens)]
         return self._made(tokens, dict(end.state), end.logits, parent, marks, transition)
 
-    def finish(self, parts: Sequence[Context], state: State, separator: Tensor) -> Context:
-        """A composed context: of the texts of ``parts``, with this state, after the separator was read in it."""
-        tokens = torch.cat([*(c.tokens for c in parts), separator.to(torch.int32)])
-        state, logits = read_tokens(self.model, separator, state, position=len(tokens) - len(separator))
-        return self._made(tokens, state, logits, None, [len(tokens)], None, composed=True)
+    def composed(self, end: Start) -> Context:
+        """The context that `llm_mlp.context.compose.composing` has come to."""
+        tokens = torch.as_tensor(end.tokens)
+        return self._made(tokens, end.state, end.logits, None, [len(tokens)], None, composed=True)
 
     def _made(
         self,
@@ -282,15 +281,22 @@ class Reader:
     def replay(self, context: Context, tokens: int, nearest: Context | None) -> Context:
         """``context`` as it was after its first ``tokens`` tokens, read again from ``nearest`` (None: from nothing)."""
         ids = context.tokens[:tokens]
-        marks = [m for m in context.manifest.marks if m <= tokens]
         done, own, kept = 0, None, context.transition is not None
         if nearest is not None:
             done, kept = len(nearest.tokens), nearest.transition is not None
             own = {name: t.to(self.device) for name, t in nearest.state.items()}
         with self.observed((nearest.transition if nearest else None) if kept else False) as seen:
             state, logits = read_tokens(self.model, ids[done:], own, position=done)
-        composed = context.manifest.composed
-        return self._made(ids.clone(), state, logits, nearest, marks, seen, replayed=True, composed=composed)
+        return self.replayed(context, Start(ids, state, logits), nearest, seen)
+
+    def replayed(
+        self, context: Context, end: Start, nearest: Context | None, transition: State | None = None
+    ) -> Context:
+        """What `replay` gives, of a beginning of ``context`` that was read elsewhere with this model."""
+        tokens = torch.as_tensor(end.tokens).to(torch.int32).clone()
+        marks = [m for m in context.manifest.marks if m <= len(tokens)]
+        more = {"replayed": True, "composed": context.manifest.composed}
+        return self._made(tokens, dict(end.state), end.logits, nearest, marks, transition, **more)
 
     # -- fitting ---------------------------------------------------------------------------------------------------
 

@@ -8,16 +8,18 @@ all planted ones is compared with the right one. Guessing finds one in as many a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_mlp.context.compose import compose
 from llm_mlp.context.context import Context, Reader
 from llm_mlp.context.format import ContextError
-from llm_mlp.infer import read_tokens
+from llm_mlp.infer import Start, read_tokens
 from llm_mlp.models.mixer import State
 
 CUE, VALUE = 3, 1  # tokens
@@ -76,6 +78,18 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class SourceRecall:
+    """What of one document came back after several were composed, and after they were read as one text."""
+
+    composed: Recall
+    concatenated: Recall
+
+    def report(self) -> dict[str, Any]:
+        """What `llm-mlp context compose --recall --json` and the server tell."""
+        return {"composed": self.composed.report(), "concatenated": self.concatenated.report()}
+
+
+@dataclass(frozen=True)
 class Planted:
     """A text with pairs in it, to be read from nothing; `ask` the state after it."""
 
@@ -111,7 +125,7 @@ def plant(reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0) -
     if length < 2 * pairs:
         raise ContextError(f"a text of {length} tokens is too short for {pairs} pairs; give at least {2 * pairs}")
     if context.manifest.composed:
-        raise ContextError(f"context {context.id} is composed; measure the documents it came from")
+        raise ContextError(f"context {context.id} is composed; measure the documents it came from (compose --recall)")
     generator = torch.Generator().manual_seed(seed)
     values = torch.randperm(vocabulary, generator=generator)[:pairs]
     cues = torch.randint(vocabulary, (pairs, CUE), generator=generator)
@@ -129,6 +143,38 @@ def plant(reader: Reader, context: Context, *, pairs: int = 64, seed: int = 0) -
     parts.append(text[done:])
     depths = tuple(int(d) + (CUE + VALUE) * n for n, d in enumerate(at))  # later pairs stand between, too
     return Planted(torch.cat(parts), cues, values, depths)
+
+
+def measure_composed(
+    reader: Reader, contexts: Sequence[Context], separator: Sequence[int] | Tensor, *, pairs: int = 64, seed: int = 0
+) -> list[SourceRecall]:
+    """Plant ``pairs`` pairs into each of several documents, compose them, and ask for each; beside that, the same of
+    the documents with their pairs read as one text, the separator last.
+
+    Everything is read on the side, twice. Depths are those in the one text; composing knows no such order.
+
+    Raises:
+        ContextError: as `plant`, for any of the documents, and as `compose`.
+    """
+    planted = plant_each(reader, contexts, len(separator), pairs=pairs, seed=seed)
+    apart = []
+    for one in planted:
+        with reader.observed(None) as seen:
+            end = Start(one.tokens, *read_tokens(reader.model, one.tokens))
+        apart.append(reader.wrap(end, None, seen))
+    whole = torch.cat([*(one.tokens for one in planted), torch.as_tensor(separator, dtype=torch.int64)])
+    states = compose(reader, apart, separator).state, read_tokens(reader.model, whole)[0]
+    return [SourceRecall(*(ask(reader, one, state) for state in states)) for one in planted]
+
+
+def plant_each(
+    reader: Reader, contexts: Sequence[Context], behind: int, *, pairs: int = 64, seed: int = 0
+) -> list[Planted]:
+    """Texts of several documents, each with pairs of its own in it; depths are those in all of them read as one text
+    with ``behind`` tokens more. Raises as `measure_composed`."""
+    planted = [plant(reader, context, pairs=pairs, seed=seed + n) for n, context in enumerate(contexts)]
+    later = [*accumulate((len(one.tokens) for one in reversed(planted[1:])), initial=behind)][::-1]
+    return [replace(one, depths=tuple(d + n for d in one.depths)) for one, n in zip(planted, later, strict=True)]
 
 
 @torch.no_grad()

@@ -71,6 +71,23 @@ class Found:
     reason: str
 
 
+@dataclass(frozen=True)
+class Undo:
+    """What going back takes: the version itself, or the text read again up to ``tokens``, behind ``nearest``."""
+
+    entry: Entry
+    now: Context
+    tokens: int
+    exact: Context | None
+    nearest: Context | None
+    history: tuple[str, ...]  # versions before it
+
+    @property
+    def composable(self) -> bool:
+        """Whether the text's map is kept when it is read again."""
+        return (self.nearest or self.now).transition is not None
+
+
 class _Tier:
     """Contexts held in some memory, the least recently used out first."""
 
@@ -304,6 +321,12 @@ class Store:
         Raises:
             ContextError: no such mark, or the model does not fit.
         """
+        plan = self.plan_undo(name, reader, steps=steps, tokens=tokens)
+        return self.go_back(plan, plan.exact or reader.replay(plan.now, plan.tokens, plan.nearest))
+
+    def plan_undo(self, name: str, reader: Reader, *, steps: int = 1, tokens: int | None = None) -> Undo:
+        """`undo` up to where a text may have to be read again, which `Reader.replay` does, or somebody who has to let
+        others use the model meanwhile; then `go_back`. Raises as `undo`."""
         entry = self.entry(name)
         now = self._load(entry.id)
         reader.check(now.manifest)
@@ -318,22 +341,27 @@ class Store:
         stored = self.manifests()
         older = [(stored[id_].tokens, id_) for id_ in entry.history if id_ in stored and stored[id_].tokens <= tokens]
         # An interrupted version of the same text may be as long without being a mark's; the newest counts.
-        exact = [id_ for n, id_ in older if n == tokens]
-        if exact:
-            made = self._load(exact[-1], reader)
-        else:
-            nearest = self._load(max(older)[1]) if older else None
-            if nearest is None and now.manifest.composed:
-                raise ContextError(f"context {name!r} is composed and no earlier version of it is stored any more")
-            made = reader.replay(now, tokens, nearest)
+        same = [id_ for n, id_ in older if n == tokens]
+        exact = self._load(same[-1], reader) if same else None
+        nearest = self._load(max(older)[1], reader) if older and exact is None else None
+        if exact is nearest is None and now.manifest.composed:
+            raise ContextError(f"context {name!r} is composed and no earlier version of it is stored any more")
+        return Undo(entry, now, tokens, exact, nearest, tuple(id_ for n, id_ in older if n < tokens))
+
+    def go_back(self, plan: Undo, made: Context) -> Context:
+        """Let the name mean ``made``, the version that was gone back to.
+
+        Raises:
+            ContextError: the name means something else by now, or there is no room.
+        """
+        entry, name = plan.entry, plan.entry.name
         with self._lock:
             if self.look(name) != entry:
                 raise ContextError(f"context {name!r} was changed by another process meanwhile; try again")
             if not self._path(made.id).exists():
                 self._make_room(made.bytes, keep={made.id, entry.id})
                 made.save(self._path(made.id))
-            history = tuple(id_ for n, id_ in older if n < tokens) + (made.id,)
-            self._point(Entry(name, made.id, history, entry.created, entry.expires, False))
+            self._point(Entry(name, made.id, (*plan.history, made.id), entry.created, entry.expires, False))
         return made
 
     def remove(self, name: str) -> None:

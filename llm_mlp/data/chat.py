@@ -23,15 +23,19 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm_mlp.data.tokenizer import Tokenizer
 
 log = logging.getLogger("llm_mlp.data")
 
-# Of models that were not trained on chats: nothing tells where an answer ends but the next line's role.
+# Of models that were not trained on chats: nothing tells where an answer ends but the next line's role. Tools are a
+# line before all others, and a call is one behind the message that makes it.
 PLAIN = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if tools %}{{ 'tools: ' + tools | tojson + '\n' }}{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
+    "{% for call in message.tool_calls or [] %}{{ call.function | tojson + '\n' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 # What training uses where nothing else is named. Roles are text, which any tokenizer knows. An answer ends with the
@@ -89,6 +93,7 @@ class ChatTemplate:
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
         try:
             self._template = environment.from_string(self._source)
+            self.shows_tools = "tools" in find_undeclared_variables(environment.parse(self._source))
         except TemplateError as error:
             raise ChatError(f"the chat template cannot be read: {error}") from None
         self._names = {"eos_token": tokenizer.spelling(tokenizer.eos).decode(), **tokenizer.token_names}
@@ -136,9 +141,14 @@ class ChatTemplate:
         return self.encode(messages[-1:], generate=True).ids
 
     @property
+    def shows_calls(self) -> bool:
+        """Whether the model sees the calls of tools that an assistant's message makes."""
+        return "tool_calls" in self._source
+
+    @property
     def stop(self) -> list[str]:
         """Texts that end a turn; those of the template of models without one, which has no token for it."""
-        return [] if self.own else ["\nuser:", "\nsystem:"]
+        return [] if self.own else ["\nuser:", "\nsystem:", "\ntool:"]
 
     @property
     def stop_ids(self) -> frozenset[int]:

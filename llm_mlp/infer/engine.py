@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_mlp.energy import Energy, Shares
 from llm_mlp.infer.constraint import Constraint, allowed
 from llm_mlp.infer.generate import Start
 from llm_mlp.infer.prefill import check_tokens
@@ -85,6 +86,7 @@ class Event:
     finish: Finish | None = None
     final: Start | None = None
     error: str = ""
+    joules: float | None = None  # at the end: its share of the device's; None: unavailable, or too little to be told
 
 
 class Ticket:
@@ -109,6 +111,8 @@ class Ticket:
             self.generator.manual_seed(request.seed)
         self.seen: Tensor | None = None
         self.counts: Tensor | None = None
+        self.joined: float | None = None  # what `Shares.mark` said then
+        self.joules: float | None = None
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -173,6 +177,7 @@ class Engine:
         invariant: what a request gets is the same to the bit whatever else runs (slower where few run).
         vocabulary: ids from here on are never chosen.
         graphs: decoding steps as CUDA graphs, one for each power of two of running requests.
+        energy: of the device, shared among the requests that are read or decode at a time.
 
     Raises:
         ValueError: a model whose state grows (`state_bytes`).
@@ -188,6 +193,7 @@ class Engine:
         invariant: bool = False,
         vocabulary: int | None = None,
         graphs: bool = True,
+        energy: Energy | None = None,
     ) -> None:
         if slots < 1 or chunk < 1 or queue < 0:
             raise ValueError(f"slots = {slots} and chunk = {chunk} must be at least 1, queue = {queue} at least 0")
@@ -198,6 +204,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.pool = model.init_state(-(-slots // ROWS) * ROWS if invariant else slots)
         self.counters = Counters()
+        self._shares = Shares(energy) if energy is not None else None
         self._graphs: dict[int, tuple[CapturedStep, Tensor]] | None = (
             {} if graphs and self.device.type == "cuda" else None
         )
@@ -302,7 +309,9 @@ class Engine:
             for ticket in [t for t in self._waiting if t.cancelled]:
                 self._waiting.remove(ticket)
                 self._finish(ticket, "cancelled")
+            joined = self._mark() if self._waiting and self._free else None
             while self._waiting and self._free:
+                self._waiting[0].joined = joined
                 self._reading.append(self._waiting.popleft())
         for ticket in [t for t in (*self._reading, *self._running) if t.cancelled]:
             self._leave(ticket, "cancelled")
@@ -533,7 +542,14 @@ class Engine:
         state = {name: t[ticket.row : ticket.row + 1].clone() for name, t in self.pool.items()}
         return Start(self._tokens(ticket), state, logits.clone())
 
+    def _mark(self) -> float | None:
+        """`Shares.mark`, before a request joins those under way or leaves them."""
+        return None if self._shares is None else self._shares.mark(len(self._reading) + len(self._running))
+
     def _leave(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
+        now = self._mark()
+        if now is not None and ticket.joined is not None:
+            ticket.joules = now - ticket.joined or None  # a counter that has not moved tells nothing
         with self._changed:
             if ticket in self._reading:
                 self._reading.remove(ticket)
@@ -548,4 +564,4 @@ class Engine:
 
     def _finish(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
         self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
-        ticket.emit(Event(read=ticket.done, finish=finish, final=final, error=error))
+        ticket.emit(Event(read=ticket.done, finish=finish, final=final, error=error, joules=ticket.joules))

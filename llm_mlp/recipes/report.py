@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_mlp.train.page import Figure, Series, figures, page, table, write
+from llm_mlp.page import Figure, Series, figures, page, table, write
 
 __all__ = ["Figure", "Series", "write_report"]
 

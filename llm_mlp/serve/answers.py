@@ -53,6 +53,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    energy_joules: float | None = Field(description="its share of the device's; null: unavailable, or too little")
 
 
 class Choice(BaseModel):
@@ -171,3 +172,13 @@ class ContextRecall(BaseModel):
     interval: list[float] = Field(min_length=2, max_length=2)
     reach: int | None
     warning: str | None
+
+
+class SourceRecall(BaseModel):
+    source: str
+    composed: ContextRecall
+    concatenated: ContextRecall = Field(description="of the same documents, read as one text")
+
+
+class ContextComposed(ContextRow):
+    recall: list[SourceRecall] | None = Field(description="of each document, where it was asked for")

@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from llm_mlp.context import Context, ContextError, compose, describe, diff
+from llm_mlp.context import Context, ContextError, describe, diff
 from llm_mlp.context.store import examine, summary
 from llm_mlp.infer import Full, Request
 from llm_mlp.serve import answers
@@ -249,8 +249,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", response_model=answers.ChatAnswer, responses={200: EVENTS})
     async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:
-        tools = body.tools if body.tool_choice != "none" else None
-        ids = await asyncio.to_thread(service.chat_ids, body.messages, tools, begin=body.context is None)
+        ids = await asyncio.to_thread(service.chat_ids, body.messages, body.shown_tools, begin=body.context is None)
         kind = _Chat(service, body.alternatives, [*body.stops, *service.template.stop])
         return await answer(http, body, user, kind, ids, body.max_completion_tokens or body.max_tokens)
 
@@ -269,7 +268,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             if not ids:
                 raise Refused(400, f"input {index} is empty", "input")
             total += len(ids)
-            vector = await service.between_steps(partial(service.embed, ids))
+            vector = await service.embed(ids)
             data: Any = vector.tolist()
             if body.encoding_format == "base64":
                 data = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
@@ -388,9 +387,9 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
         return await asyncio.to_thread(_row, service, user, body.to)
 
     @app.post("/v1/contexts/{name}/undo", response_model=answers.ContextRow)
-    async def undo(name: str, body: UndoRequest, user: User) -> dict[str, Any]:
+    async def undo(name: str, body: UndoRequest, http: HTTP, user: User) -> dict[str, Any]:
         service.known(user, name)
-        await service.between_steps(lambda: service.store(user).undo(name, service.reader, steps=body.steps))
+        await _unless_gone(http, service.undo(user, name, body.steps))
         return await asyncio.to_thread(_row, service, user, name)
 
 
@@ -408,21 +407,25 @@ def _add_context_tools(app: FastAPI, service: Service) -> None:
 
         return await asyncio.to_thread(found)
 
-    @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextRow)
-    async def composed(name: str, body: ComposeRequest, user: User) -> dict[str, Any]:
+    @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextComposed)
+    async def composed(name: str, body: ComposeRequest, http: HTTP, user: User) -> dict[str, Any]:
         _free(service, user, name, "name")
 
         def parts() -> list[Context]:
             return [service.context(user, each) for each in body.contexts]
 
-        separator = [service.tokenizer.eos]
-        context = await service.between_steps(
-            partial(compose, service.reader, await asyncio.to_thread(parts), separator)
-        )
+        own = await asyncio.to_thread(parts)
+        context = await _unless_gone(http, service.compose(own))
+        found = await _unless_gone(http, service.recall_composed(own)) if body.recall else None
         await asyncio.to_thread(
             partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
         )
-        return await asyncio.to_thread(_row, service, user, name)
+        rows = (
+            None
+            if found is None
+            else [{"source": source} | each.report() for source, each in zip(body.contexts, found, strict=True)]
+        )
+        return await asyncio.to_thread(_row, service, user, name) | {"recall": rows}
 
     @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
     async def recall(name: str, http: HTTP, user: User) -> Any:
@@ -606,14 +609,21 @@ class _Writer:
 
     def __init__(self, service: Service, kind: _Kind, prompt: Prompt, body: Generation, user: str) -> None:
         self.service, self.kind, self.prompt, self.body, self.user = service, kind, prompt, body, user
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": kind.prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": service.settings.name,
         }
-        self.tokens = 0
+        self.tokens, self.joules = 0, 0.0
         self.facts = {"id": self.head["id"], "prompt_tokens": prompt.tokens, "cached_tokens": prompt.cached}
-        self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0]}
+        self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0], "energy_joules": None}
+
+    def count(self, piece: Piece) -> None:
+        """What a piece adds to what was used."""
+        self.tokens += len(piece.tokens)
+        self.joules += piece.joules or 0.0
+        # Nothing runs without energy: where none was told, nobody knows.
+        self.facts |= {"completion_tokens": self.tokens, "energy_joules": round(self.joules, 6) or None}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -623,6 +633,7 @@ class _Writer:
             "completion_tokens": self.tokens,
             "total_tokens": read + self.tokens,
             "prompt_tokens_details": {"cached_tokens": self.prompt.cached, "cache": self.prompt.reason},
+            "energy_joules": self.facts["energy_joules"],
         }
 
     async def _saved(self, piece: Piece) -> dict[str, Any] | None:
@@ -639,8 +650,7 @@ class _Writer:
 
         try:
             async for piece in _both(first, pieces):
-                self.tokens += len(piece.tokens)
-                self.facts["completion_tokens"] = self.tokens
+                self.count(piece)
                 saved = await self._saved(piece)
                 if not piece.text and piece.finish is None and (self.kind.alternatives is None or not piece.tokens):
                     continue
@@ -666,13 +676,12 @@ class _Writer:
             async for piece in pieces:
                 texts[piece.index] += piece.text
                 tokens[piece.index] += piece.tokens
-                self.tokens += len(piece.tokens)
+                self.count(piece)
                 if piece.finish is not None:
                     finish[piece.index] = piece.finish
                 saved = await self._saved(piece) or saved
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
-        self.facts["completion_tokens"] = self.tokens
         choices = [self.kind.whole(i, texts[i], finish[i], self.kind.logprobs(tokens[i], 0)) for i in range(n)]
         found = {**self.head, "object": self.kind.objects[0], "choices": choices, "usage": self.usage}
         return found | {"context": saved}

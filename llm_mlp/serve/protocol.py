@@ -3,9 +3,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llm_mlp.infer import Sampling
 
@@ -107,15 +117,73 @@ class Generation(Body):
         )
 
 
-class Message(BaseModel):
+class Passed(BaseModel):
+    """What the template gets with all of its fields."""
+
     model_config = ConfigDict(extra="allow")
 
+
+class Function(Passed):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema; the model is told, nothing is checked")
+
+
+class Tool(Passed):
+    type: Literal["function"]
+    function: Function
+    _sent: dict[str, Any] = PrivateAttr()  # as the client sent it, in its order: the template writes that
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, check: ModelWrapValidatorHandler[Tool]) -> Tool:
+        made = check(value)
+        made._sent = value
+        return made
+
+
+class CalledFunction(Passed):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str | dict[str, Any] = Field("", description="a JSON object, as text")
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+        """Templates expect the object itself, as `transformers` gives it to them."""
+        try:
+            found = value if isinstance(value, dict) else json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
+
+
+class ToolCall(Passed):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Passed):
     role: str = Field(max_length=64)
     content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content: a text is missing; only an assistant's message with tool_calls may have none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: an assistant calls tools, {self.role!r} does not")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("tool_call_id: missing; the call that this message answers has it as its id")
+        return self
 
     def plain(self) -> dict[str, Any]:
-        """With its parts of text as one text."""
-        row = self.model_dump(exclude_none=True)
+        """With its parts of text as one text, "" where there is none."""
+        row = {name: value for name, value in self.model_dump(exclude_unset=True).items() if value is not None}
         if isinstance(self.content, list):
             for part in self.content:
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -129,14 +197,38 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = Field(None, description='"auto" or "none"; a call cannot be forced')
+    parallel_tool_calls: bool | None = Field(None, description="with tools not false: calls are text, of any number")
+    functions: Any = Field(None, description="not served: tools are")
+    function_call: Any = Field(None, description="not served: tool_choice is")
 
-    @model_validator(mode="after")
-    def _served(self) -> ChatRequest:
-        if self.tool_choice not in (None, "auto", "none"):
-            raise ValueError("tool_choice: a call cannot be forced here; 'auto' and 'none' are served")
-        return self
+    @field_validator("tool_choice")
+    @classmethod
+    def _not_forced(cls, value: Any) -> Any:
+        if value not in (None, "auto", "none"):
+            raise ValueError("a call cannot be forced here, calls come back as text; 'auto' and 'none' are served")
+        return value
+
+    @field_validator("functions", "function_call")
+    @classmethod
+    def _outdated(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("this outdated form is not served; tools and tool_choice are")
+
+    @field_validator("parallel_tool_calls")
+    @classmethod
+    def _any_number(cls, value: bool | None, others: ValidationInfo) -> bool | None:
+        if value is False and others.data.get("tools") and others.data.get("tool_choice") != "none":
+            raise ValueError("the number of calls cannot be bounded here; leave it out, or true")
+        return value
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """What the template is told of tools, as the client sent it; None where there is nothing to tell."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool._sent for tool in self.tools]
 
     @property
     def alternatives(self) -> int | None:
@@ -197,6 +289,7 @@ class AppendRequest(Body):
 
 class ComposeRequest(Body):
     contexts: list[str] = Field(min_length=1, max_length=16)  # the work grows with the square of their number
+    recall: bool = Field(False, description="measure what comes back of each, beside reading them as one text")
     expires_seconds: Expires = None
 
 

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,11 +17,24 @@ from typing import Any, TypeVar
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from llm_mlp.context import Context, ContextError, Reader, Recall, Store, ask, default_folder, plant
+from llm_mlp.context import (
+    Context,
+    ContextError,
+    Reader,
+    Recall,
+    SourceRecall,
+    Store,
+    ask,
+    composing,
+    default_folder,
+    plant,
+    plant_each,
+)
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
+from llm_mlp.energy import Energy
 from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
 from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
@@ -87,6 +100,7 @@ class Piece:
     read: int = 0
     final: Start | None = None
     transition: State | None = None  # of the text behind ``final``, where it was asked for
+    joules: float | None = None  # of what ended with it
 
 
 class Text:
@@ -141,8 +155,17 @@ class Prompt:
 class Service:
     """A model behind an engine in a thread of its own. `start`, then requests, then `close`."""
 
-    def __init__(self, model: LM, tokenizer: Tokenizer, template: ChatTemplate, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: LM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        settings: Settings,
+        energy: Energy | None = None,
+    ) -> None:
+        """``energy``: None: what this machine tells of the model's device."""
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
+        self.energy = energy or Energy(next(model.parameters()).device)
         stored = 0 if settings.memory is None else settings.memory // 4
         slots, line = slots_within(model, settings.slots, settings.memory, stored)
         log.info("%s", line)
@@ -154,6 +177,7 @@ class Service:
             queue=settings.queue,
             invariant=settings.invariant,
             vocabulary=tokenizer.vocab_size,
+            energy=self.energy,
         )
         self.reader = Reader(model, tokenizer)
         self.grammars = Grammars(tokenizer, max_bytes=settings.schema_bytes, seconds=settings.schema_seconds)
@@ -259,8 +283,13 @@ class Service:
         """Ids of a conversation up to where the assistant answers; ``begin`` as for `prompt_ids`.
 
         Raises:
-            Refused: messages that the template refuses, or that cannot be encoded.
+            Refused: messages that the template refuses or does not show, or that cannot be encoded.
         """
+        if tools and not self.template.shows_tools:
+            raise Refused(400, "tools: this model's chat template does not show them; leave them out", "tools")
+        if any(m.tool_calls for m in messages) and not self.template.shows_calls:
+            why = "messages: this model's chat template does not show tool_calls; write them in the content"
+            raise Refused(400, why, "messages")
         try:
             ids = self.template.encode([m.plain() for m in messages], tools, generate=True).ids
         except ValueError as error:  # ChatError, TokenizerError, and parts that are no text
@@ -347,6 +376,7 @@ class Service:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
         deadline = started + self.settings.timeout
+        before: float | None = None  # joules
         if n > 1:
             load = self.engine.load
             if load["waiting"] + n > self.engine.queue + load["free"]:  # before anything is read for them
@@ -354,7 +384,7 @@ class Service:
             if len(request.prompt):
                 # Read once; the answers go on from copies of the state, as separate requests would from their own.
                 end = await self._read(replace(request, max_tokens=0, keep=True))
-                request = replace(request, prompt=[], start=end)
+                request, before = replace(request, prompt=[], start=end.final), end.joules
 
         def emitter(index: int) -> Callable[[Event], None]:
             def emit(event: Event) -> None:
@@ -365,7 +395,7 @@ class Service:
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
         last = [started] * n
-        written, again = [""] * n, [False] * n
+        written = [""] * n
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -385,16 +415,17 @@ class Service:
                         index, event = await queue.get()
                 except TimeoutError:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
-                if index not in open_:
-                    continue
                 if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
                     raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
+                made_again, index = index >= n, index % n
                 now, text = loop.time(), texts[index]
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
-                piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final)
+                piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final, joules=event.joules)
+                if before is not None:
+                    piece.joules, before = before + (piece.joules or 0), None
                 if event.token is not None:
                     (self.between if last[index] > started else self.first).observe(now - last[index])
                     last[index] = now
@@ -406,16 +437,13 @@ class Service:
                         tickets[index].cancel()
                         if request.keep:
                             # The state has read the stop text: it is made again from the answer without it.
-                            again[index] = True
                             answer = self.reader.encode(written[index], begin=False)
                             own = Request([*request.prompt, *answer], 0, start=request.start, keep=True)
-                            tickets.append(self.engine.submit(own, emitter(index)))
-                        else:
-                            piece.finish = "stop"
-                elif again[index]:
-                    if event.final is None:  # of the request that was stopped
-                        continue
-                    piece.finish = "stop"
+                            tickets.append(self.engine.submit(own, emitter(n + index)))
+                elif text.stopped:
+                    # Within a step the engine has heard of it, and says what the answer took.
+                    ended = event.finish is not None and made_again == request.keep
+                    piece.finish, piece.final = "stop" if ended else None, event.final if made_again else None
                 elif event.finish is not None:
                     piece.text = text.finish()
                 if piece.final is not None and closing:
@@ -427,12 +455,16 @@ class Service:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def _read(self, request: Request) -> Start:
-        """The state after a prompt of which nothing is written."""
-        async with contextlib.aclosing(self.run(request, [])) as pieces:
+    async def _read(self, request: Request) -> Piece:
+        """With the state after a prompt of which nothing is written."""
+        return await self._last(self.run(request, []))
+
+    async def _last(self, pieces: AsyncGenerator[Piece, None]) -> Piece:
+        """The piece with the state after what is read."""
+        async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if piece.final is not None:
-                    return piece.final
+                    return piece
         raise Refused(500, "the reading ended without a state")
 
     async def observed(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
@@ -476,14 +508,81 @@ class Service:
             ContextError: a text too short. Refused: one too long, or over time.
         """
         planted = await asyncio.to_thread(plant, self.reader, context)
-        if len(planted.tokens) > (most := self.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(planted.tokens):,} tokens; {most:,} are read", "context")
-        end = await self._read(Request(planted.tokens.tolist(), 0, keep=True))
+        end = await self._read_planted(planted.tokens, "context")
         return await self.between_steps(partial(ask, self.reader, planted, end.state))
+
+    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
+        """The state after a text with planted pairs, which is read as any prompt is."""
+        if len(tokens) > (most := self.settings.max_prompt):
+            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
+        end = (await self._read(Request(tokens.tolist(), 0, keep=True))).final
+        assert end is not None
+        return end
+
+    async def compose(self, contexts: Sequence[Context]) -> Context:
+        """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
+        end = await self.in_pieces(composing(self.reader, contexts, [self.tokenizer.eos]))
+        return await asyncio.to_thread(self.reader.composed, end)
+
+    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
+        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
+        separator = torch.tensor([self.tokenizer.eos])
+        planted = await asyncio.to_thread(plant_each, self.reader, contexts, len(separator))
+        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
+        apart = []
+        for one in planted:
+            piece = await self._last(self.observed(Prompt(one.tokens.tolist())))
+            assert piece.final is not None
+            apart.append(await asyncio.to_thread(self.reader.wrap, piece.final, None, piece.transition))
+        states = (await self.compose(apart)).state, whole.state
+        return [
+            SourceRecall(*[await self.between_steps(partial(ask, self.reader, one, state)) for state in states])
+            for one in planted
+        ]
+
+    async def undo(self, user: str, name: str, steps: int) -> None:
+        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
+
+        Raises:
+            ContextError: no such mark. Refused: over time.
+        """
+        store = self.store(user)
+        plan = await asyncio.to_thread(store.plan_undo, name, self.reader, steps=steps)
+        made, before = plan.exact, plan.nearest
+        if made is None:
+            start, done = (None, 0) if before is None else (before.start, len(before.tokens))
+            ids = plan.now.tokens[done : plan.tokens].tolist()
+            if plan.composable:
+                piece = await self._last(self.observed(Prompt(ids, start, before, done)))
+            else:
+                piece = await self._read(Request(ids, 0, start=start, keep=True))
+            assert piece.final is not None
+            made = await asyncio.to_thread(self.reader.replayed, plan.now, piece.final, before, piece.transition)
+        await asyncio.to_thread(store.go_back, plan, made)
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
+
+    async def in_pieces(self, work: Generator[None, None, Found]) -> Found:
+        """What a generator returns, each of its pieces run between two of the engine's steps.
+
+        Raises:
+            Refused: 504 over time.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+
+        def piece() -> tuple[Found] | None:
+            try:
+                next(work)
+            except StopIteration as end:
+                return (end.value,)
+            return None
+
+        while (done := await self.between_steps(piece)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+        return done[0]
 
     def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
         """A few ids more. Not a request of its own: that would wait behind all others, or find the queue full."""
@@ -491,14 +590,17 @@ class Service:
         tokens = torch.cat([torch.as_tensor(start.tokens), torch.tensor(ids, dtype=torch.int32)])
         return Start(tokens, state, logits)
 
-    def embed(self, ids: list[int]) -> torch.Tensor:
+    async def embed(self, ids: list[int]) -> torch.Tensor:
         """The mean of the final normed hidden states, of length 1, float32."""
+        return await self.in_pieces(self._embedding(ids))
+
+    def _embedding(self, ids: list[int]) -> Generator[None, None, torch.Tensor]:
         state, total = None, torch.zeros((), dtype=torch.float64)
         device = next(self.model.parameters()).device
-        with torch.no_grad():
-            for a in range(0, len(ids), self.settings.chunk):
-                x, state = self.model.hidden(torch.tensor([ids[a : a + self.settings.chunk]], device=device), state)
-                total = total + x[0].double().sum(0).cpu()
+        for a in range(0, len(ids), self.settings.chunk):
+            x, state = self.model.hidden(torch.tensor([ids[a : a + self.settings.chunk]], device=device), state)
+            total = total + x[0].double().sum(0).cpu()
+            yield
         return torch.nn.functional.normalize(total, dim=0).float()
 
 
@@ -528,3 +630,8 @@ class _Gauges:
         for tier in ("disk", "ram", "device"):
             tiers.add_metric([tier], sum(row[f"{tier}_bytes"] for row in usage))
         yield tiers
+        joules, watts = self._service.energy.joules(), self._service.energy.watts()
+        if joules is not None:  # a number that nobody knows is absent, not zero
+            yield CounterMetricFamily("llm_mlp_energy_joules", "Of the device since the start.", joules)
+        if watts is not None:
+            yield GaugeMetricFamily("llm_mlp_energy_watts", "Mean power of the device between two scrapes.", watts)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from llm_mlp.config import TrainConfig
+from llm_mlp.energy import Energy
 from llm_mlp.models import model_cost
 
 # Dense matrix products a second without sparsity, from NVIDIA's data sheets: (bf16 and fp16, tf32).
@@ -20,7 +17,6 @@ PEAK_FLOPS = {
     "L40S": (362e12, 183e12),
     "RTX 4090": (165.2e12, 82.6e12),
 }
-RAPL = Path("/sys/class/powercap")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -29,45 +25,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         if all(part in device_name for part in name.split()):
             return half if precision in ("bf16", "fp16") else single
     return None
-
-
-class Energy:
-    """Joules since some moment, of one GPU (NVML) or of the processor packages (RAPL); None where neither tells."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._handle: Any = None
-        self._zones: list[Path] = []
-        self._last: dict[Path, int] = {}
-        self._sum = 0.0
-        if device.type == "cuda":
-            with contextlib.suppress(Exception):  # the library or the driver's interface is not there
-                import pynvml  # type: ignore[import-not-found]
-
-                pynvml.nvmlInit()
-                identifier = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(identifier)
-                pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-                self._nvml = pynvml
-        else:
-            for zone in sorted(RAPL.glob("intel-rapl:[0-9]*")):
-                with contextlib.suppress(OSError, ValueError):
-                    if zone.name.count(":") == 1:
-                        self._last[zone] = int((zone / "energy_uj").read_text())
-                        self._zones.append(zone)
-
-    def joules(self) -> float | None:
-        if self._handle is not None:
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-        if not self._zones:
-            return None
-        for zone in self._zones:
-            now = int((zone / "energy_uj").read_text())
-            moved = now - self._last[zone]
-            if moved < 0:  # the counter has gone round
-                moved += int((zone / "max_energy_range_uj").read_text())
-            self._last[zone] = now
-            self._sum += moved / 1e6
-        return self._sum
 
 
 class Meter:

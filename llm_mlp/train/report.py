@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from llm_mlp.config import ConfigError, TrainConfig, diff, load
+from llm_mlp.page import STYLES, Figure, Series, figures, page, short, table, write
 from llm_mlp.train.console import read_lines, read_metrics
-from llm_mlp.train.page import STYLES, Figure, Series, figures, page, short, table, write
 
 UNAVAILABLE = "unavailable"
 SMOOTH = 50  # smoothed curves: mean over this part of what a run recorded

@@ -8,8 +8,10 @@ import pytest
 import torch
 from model_cases import random_model
 
-from llm_mlp.context import Context, ContextError, Reader, Store, compose, measure_recall
-from llm_mlp.context.recall import CUE, Recall
+from llm_mlp.config import ModelConfig, build
+from llm_mlp.context import Context, ContextError, Reader, Store, compose, composing, measure_composed, measure_recall
+from llm_mlp.context.recall import CUE, VALUE, Recall
+from llm_mlp.models import LM, build_model
 from llm_mlp.ops import Units, units_merge
 
 A = [(7 * i * i + 3 * i) % 31 for i in range(70)]
@@ -65,6 +67,13 @@ def compose_state(reader, contexts):
             merged = units_merge(merged, Units(*(c.state[x] for x in names)), **size)
         state.update(zip(names, merged, strict=True))
     return state
+
+
+def test_composing_is_cut_into_pieces():
+    """One for each layer and order, and one for each layer's units: others may use the model between them."""
+    reader = reader_of()
+    parts = [reader.create(x) for x in (A, B, C)]
+    assert len(list(composing(reader, parts, [3]))) == 2 * (3 + 1)
 
 
 def test_what_cannot_be_composed_is_said(tmp_path):
@@ -150,3 +159,79 @@ def test_recall_asks_for_enough():
             measure_recall(reader, made, pairs=pairs)
     with pytest.raises(ContextError, match="too short for 64 pairs; give at least 128"):
         measure_recall(Reader(Memory(10), None), made)
+
+
+# -- recall of what was composed -----------------------------------------------------------------------------------
+
+
+def associative(half_life: float | None = None) -> LM:
+    """A layer of one head made by hand: its second layer maps the last `CUE` tokens to the token behind them, and what
+    it reads there is what it writes next. ``half_life``: tokens after which it has forgotten half; None: it never does.
+    """
+    D, R = 128, 512
+    perception = {"groups": 1, "heads_per_group": 1, "read_width": R, "features": R, "value_width": D, "conv_width": 4}
+    perception |= {"erase": "none", "decay": half_life is not None, "write_gate": False, "output_gate": False}
+    shape = {"vocab_size": 256, "d_model": D, "n_layers": 1, "logit_cap": 0.0, "tie_embeddings": True}
+    shape |= {"perception": {**perception, "block": 0, "slots": 0}, "ffn": {"hidden": 8}}
+    model = build_model(build(ModelConfig, shape)).eval()
+    mixer = model.blocks[0].mixer
+    same, nothing = torch.eye(D), torch.zeros(D, D)
+    with torch.no_grad():
+        mixer.in_proj.weight.copy_(torch.cat([*[same] * 3, nothing, *[same] * 3, nothing, same]))
+        mixer.conv.zero_()
+        for n in range(CUE):  # a key is of the tokens before, a query of these and the one that is read
+            mixer.conv[n * D : (n + 1) * D, 3 - n] = 1
+            mixer.conv[R + n * D : R + (n + 1) * D, 2 - n] = 1
+        mixer.conv[2 * R :, 3] = 1
+        mixer.slope.zero_()  # no activation
+        mixer.out_proj.weight.copy_(100 * same)
+        if half_life is not None:
+            mixer.log_rate.fill_(-torch.tensor(half_life).log())
+    return model
+
+
+def documents(reader: Reader, *lengths: int) -> list[Context]:
+    g = torch.Generator().manual_seed(3)
+    vocabulary = reader.model.config.vocab_size
+    return [reader.create(torch.randint(vocabulary, (n,), generator=g)) for n in lengths]
+
+
+def test_a_memory_that_forgets_nothing_recalls_each_document_composed_as_in_one_text():
+    reader = Reader(associative(), None, transitions=True)
+    parts = documents(reader, 400, 300)
+    states = [{n: t.clone() for n, t in c.state.items()} for c in parts]
+    found = measure_composed(reader, parts, [3])
+    for each in found:
+        # Sums do not depend on the order; the documents differ by a few tokens at their borders alone.
+        assert sum(a != b for a, b in zip(each.composed.hits, each.concatenated.hits, strict=True)) <= 1
+        assert each.composed.rate > 0.75 and each.composed.interval[0] > 0.6 > each.composed.chance == 1 / 64
+        assert each.composed.pairs == 64 and each.composed.depths == each.concatenated.depths
+        assert each.report().keys() == {"composed", "concatenated"}
+    planted = 64 * (CUE + VALUE)
+    first, second = (each.composed.depths for each in found)
+    assert (
+        second[0] == 1 + 1 and first[0] == 1 + 300 + planted + 1
+    )  # behind: the separator; the other text with its own
+    for part, state in zip(parts, states, strict=True):  # all of it was on the side
+        assert all(torch.equal(t, state[n]) for n, t in part.state.items())
+
+
+def test_a_memory_that_forgets_loses_the_first_document_in_one_text_but_not_composed():
+    reader = Reader(associative(half_life=300.0), None, transitions=True)
+    first, second = measure_composed(reader, documents(reader, 400, 300), [3])
+    assert first.concatenated.found < 25 < 50 < second.concatenated.found
+    assert min(first.composed.found, second.composed.found) > 40  # each is the last one in half of the orders
+
+
+def test_recall_by_chance_is_told_as_such():
+    reader = Reader(random_model({"vocab_size": 256}), None, transitions=True)
+    for each in measure_composed(reader, documents(reader, 200, 150, 130), [3]):
+        for found in (each.composed, each.concatenated):
+            assert found.found <= 6 and found.interval[0] <= found.chance and "by chance" in str(found.warning)
+
+
+def test_what_is_too_short_to_be_measured_is_said():
+    reader = Reader(random_model({"vocab_size": 256}), None, transitions=True)
+    for lengths, pairs, says in (((200, 90), 64, "too short for 64 pairs"), ((200, 200), 10, "at least 64")):
+        with pytest.raises(ContextError, match=says):
+            measure_composed(reader, documents(reader, *lengths), [3], pairs=pairs)

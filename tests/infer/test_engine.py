@@ -229,3 +229,38 @@ def test_slots_fit_a_budget():
     assert slots_within(model, 4, 10)[0] == 1  # never a refusal to start
     with pytest.raises(ValueError, match=r"layers\.\d: attention keeps keys and values"):
         Engine(random_model("attention"))
+
+
+class Work:
+    """A meter that tells a joule for each prompt token read and each decoding step."""
+
+    def __init__(self, unavailable_at: int | None = None) -> None:
+        self.engine, self.unavailable_at = None, unavailable_at
+
+    def joules(self) -> float | None:
+        done = 0 if self.engine is None else self.engine.counters.prompt_tokens + self.engine.counters.steps
+        return None if self.unavailable_at is not None and done >= self.unavailable_at else float(done)
+
+
+def metered(work: Work, **more) -> Engine:
+    work.engine = Engine(random_model("plain"), chunk=16, energy=work, **more)
+    return work.engine
+
+
+def test_energy_is_shared_among_those_who_run():
+    engine = metered(Work(), slots=3)
+    alone = run(engine, [Request([1, 2, 3], 5, GREEDY)])[0]
+    assert alone.events[-1].joules == 3 + 4  # the first token comes of the prompt
+    assert [e.joules for e in alone.events[:-1]] == [None] * (len(alone.events) - 1)
+    two = run(engine, [Request([1, 2, 3], 5, GREEDY)] * 2)
+    assert [x.events[-1].joules for x in two] == [3 + 4 / 2] * 2  # read in one go, decoded together
+    before = engine.counters.prompt_tokens + engine.counters.steps
+    many = run(engine, [Request(p, 3 + n, GREEDY) for n, p in enumerate(prompts(8))], late=2)
+    used = engine.counters.prompt_tokens + engine.counters.steps - before
+    assert sum(x.events[-1].joules for x in many) == pytest.approx(used)  # none is lost, none is counted twice
+
+
+def test_energy_that_nobody_tells():
+    for engine in (Engine(random_model("plain"), chunk=16), metered(Work(0)), metered(Work(5))):
+        found = run(engine, [Request([1, 2, 3], 5, GREEDY)])[0]
+        assert found.finish == "length" and found.events[-1].joules is None

@@ -25,12 +25,12 @@ def small_model(**more):
 
 
 @contextlib.contextmanager
-def serving(store, *, model=None, template=None, **settings):
+def serving(store, *, model=None, template=None, energy=None, **settings):
     """(base URL, the service)."""
     lm, tokenizer = model or small_model()
     chunk = settings.pop("chunk", 32)
     template = ChatTemplate(tokenizer.with_chat_template(template))
-    service = Service(lm, tokenizer, template, Settings(store=store, chunk=chunk, **settings))
+    service = Service(lm, tokenizer, template, Settings(store=store, chunk=chunk, **settings), energy)
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), port=0, log_level="error", timeout_graceful_shutdown=20)
     )

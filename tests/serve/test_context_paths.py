@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from functools import partial
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from serve_cases import TEXT, serving, small_model
 
-from llm_mlp.context import Context, Reader, compose, measure_recall
+from llm_mlp.context import Context, Reader, compose, composing, measure_composed, measure_recall
 from llm_mlp.context.format import digest
 from llm_mlp.infer import Request
 from llm_mlp.serve.service import _reseeded
@@ -211,6 +215,119 @@ def test_recall_is_that_of_the_library(http, server):
     assert http.get("/v1/contexts/long").json()["id"] == row["id"]
     made(http, "short", "A text.")
     says(http.post("/v1/contexts/short/recall"), 409, "too short for 64 pairs")
+
+
+def test_recall_of_composed_contexts_is_that_of_the_library(http, server):
+    names = ["first", "second"]
+    for name, text in zip(names, (TEXT[:1500], "No mill stood there, but a boat. " * 30), strict=True):
+        made(http, name, text, composable=True)
+    read = server[1].engine.counters.prompt_tokens
+    found = http.post("/v1/contexts/told/compose", json={"contexts": names, "recall": True})
+    assert found.status_code == 201, found.text
+    rows, store = found.json()["recall"], server[1].store("")
+    parts = [store.get(name) for name in names]
+    want = measure_composed(server[1].reader, parts, [server[1].tokenizer.eos])
+    assert [row["source"] for row in rows] == names
+    for row, each in zip(rows, want, strict=True):
+        for how in ("composed", "concatenated"):
+            own = getattr(each, how)
+            assert row[how]["depths"] == list(own.depths) and row[how]["pairs"] == 64
+            assert abs(row[how]["found"] - own.found) <= 2  # read in other pieces: within rounding
+            assert row[how]["interval"][0] <= row[how]["rate"] <= row[how]["interval"][1]
+    # The text with what is planted was read once as one, as prompts are.
+    assert server[1].engine.counters.prompt_tokens - read == sum(len(c.tokens) + 4 * 64 for c in parts) + 1
+    plain = http.post("/v1/contexts/quiet/compose", json={"contexts": names}).json()
+    assert plain["recall"] is None and plain["tokens"] == found.json()["tokens"]
+    made(http, "tiny", "A text.", composable=True)
+    short = http.post("/v1/contexts/none/compose", json={"contexts": ["first", "tiny"], "recall": True})
+    says(short, 409, "too short for 64 pairs")
+    assert http.get("/v1/contexts/none").status_code == 404
+
+
+# -- beside running streams ----------------------------------------------------------------------------------------
+
+
+class Beside(threading.Thread):
+    """A stream that runs while something else is done, and when its tokens came."""
+
+    def __init__(self, url, service):
+        super().__init__()
+        self.url, self.service, self.times, self.leave = url, service, [], threading.Event()
+
+    def run(self):
+        bias = {str(self.service.tokenizer.eos): -100}
+        body = {"prompt": "The mill", "max_tokens": 100_000, "stream": True, "logit_bias": bias, "logprobs": 0}
+        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    self.times.append(time.perf_counter())
+                if self.leave.is_set():
+                    return
+
+    def __enter__(self):
+        self.start()
+        deadline = time.time() + 30
+        while len(self.times) < 5 and time.time() < deadline:
+            time.sleep(0.01)
+        assert len(self.times) >= 5
+        return self
+
+    def __exit__(self, *_):
+        self.leave.set()
+        self.join(60)
+        assert not self.is_alive()
+
+    def keeps_its_pace(self, call, pieces):
+        """What ``call`` gives, during which the stream gets a token for each of so many pieces (a few are its own)."""
+        counters, began = self.service.engine.counters, time.perf_counter()
+        written, first = counters.tokens, len(self.times) - 1
+        found = call()
+        took, written, times = time.perf_counter() - began, counters.tokens - written, self.times[first:]
+        assert written >= 0.8 * pieces, (written, pieces)
+        assert max(np.diff(times)) < max(0.5, took / 2), (max(np.diff(times)), took)
+        return found
+
+
+@contextlib.contextmanager
+def quiet_server(model, folder):
+    """(a client, URL, the service) of a server with room for one stream and what is done beside it."""
+    with (
+        serving(folder, model=model, slots=2, max_tokens=100_000) as (url, service),
+        httpx.Client(base_url=url, timeout=120) as http,
+    ):
+        yield http, url, service
+
+
+@pytest.mark.parametrize("composable", [False, True])
+def test_streams_keep_their_pace_while_a_text_is_read_again(model, tmp_path, composable):
+    with quiet_server(model, tmp_path) as (http, url, service):
+        first = made(http, "long", TEXT * 8, composable=composable)
+        http.post("/v1/contexts/long/append", json={"text": " And more."})
+        service.store("")._delete(first["id"])
+        with Beside(url, service) as beside:
+            undo = partial(http.post, "/v1/contexts/long/undo", json={})
+            found = beside.keeps_its_pace(undo, first["tokens"] // 32)
+        assert found.status_code == 200 and found.json()["replayed"] and found.json()["tokens"] == first["tokens"]
+        back = service.store("").get("long", service.reader)
+    want = service.reader.create(back.tokens)
+    assert (back.logits - want.logits).abs().max() < 1e-3 and back.manifest.marks == [first["tokens"]]
+    assert (back.transition is not None) == composable
+
+
+def test_streams_keep_their_pace_while_contexts_are_composed_and_texts_embedded(model, tmp_path):
+    with quiet_server(model, tmp_path) as (http, url, service):
+        names = [f"n{i}" for i in range(16)]
+        for name in names:
+            made(http, name, TEXT[:300] + name, composable=True)
+        parts = [service.store("").get(name, service.reader) for name in names]
+        pieces = len(list(composing(service.reader, parts, [service.tokenizer.eos])))
+        assert pieces == len(service.model.blocks) * (16 + 1)
+        with Beside(url, service) as beside:
+            compose_all = partial(http.post, "/v1/contexts/all/compose", json={"contexts": names})
+            assert beside.keeps_its_pace(compose_all, pieces).status_code == 201
+            embed = partial(http.post, "/v1/embeddings", json={"input": TEXT * 4})
+            tokens = len(service.prompt_ids(TEXT * 4))
+            assert beside.keeps_its_pace(embed, tokens // 32).status_code == 200
 
 
 def test_an_append_can_set_when_a_context_expires(http):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -151,3 +152,23 @@ def test_text_up_to_a_stop(model, stops):
             break
     out += text.finish()
     assert out == want and text.stopped == bool(places)
+
+
+def test_bench_serve_plots_each_number_of_clients(folder, tmp_path):
+    results, plot = tmp_path / "serve.jsonl", tmp_path / "serve.html"
+    args = ("--clients", "1,3", "--seconds", 0.5, "--slots", 2, "--max-tokens", 4, "--threads", 1)
+    args = ("bench", "serve", "--model", folder, *args, "--results", results, "--plot", plot)
+    done = subprocess.run(command(*args), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "server, 1 clients" in out and "server, 3 clients" in out and out.count("0 errors") == 2
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["clients"] for line in lines] == [1, 3]
+    for line in lines:
+        assert line["tokens_per_second"] > 0 and line["first_token_ms"]["p50"] <= line["first_token_ms"]["p99"]
+        assert line["joules_per_token"] is None or line["joules_per_token"] > 0
+        assert (line["joules_per_token"] is None) == ("energy unavailable" in out)
+    page = plot.read_text()
+    for title in ("Throughput", "Time to the first token", "Time between tokens"):
+        assert f"<figcaption>{title}</figcaption>" in page
+    assert "p95 from" in page and "engine alone" in page  # the descriptions of the plots

@@ -215,17 +215,18 @@ def test_a_stored_text_is_found_by_a_prompt_that_begins_with_it(client, http):
     )
 
 
-def test_a_saved_answer_ends_where_its_text_does(client, http, model):
-    """A stop text is not in the context that is saved."""
+@pytest.mark.parametrize("last", [False, True])
+def test_a_saved_answer_ends_where_its_text_does(client, server, model, last):
+    """A stop text is not in the context that is saved, also where it is the last that may be written."""
     _, tokenizer = model
-    _, text = expected(model, "The mill", 40)
-    stop = text[8:11]
-    found = client.completions.create(
-        model="llm-mlp", prompt="The mill", max_tokens=40, temperature=0, stop=stop, extra_body={"save_context": "cut"}
-    )
-    assert found.choices[0].text == text[: text.index(stop)]
-    ids = [tokenizer.eos, *tokenizer.encode("The mill"), *tokenizer.encode(found.choices[0].text)]
-    assert http.get("/v1/contexts/cut").json()["tokens"] == len(ids)
+    ids, text = expected(model, "The mill", 40)
+    stop, name = text[8:11], f"cut-{last}"
+    most = next(n for n in range(40) if stop in tokenizer.decode(ids[:n])) if last else 40
+    how = {"max_tokens": most, "temperature": 0, "stop": stop, "extra_body": {"save_context": name}}
+    found = client.completions.create(model="llm-mlp", prompt="The mill", **how)
+    assert found.choices[0].text == text[: text.index(stop)] and found.choices[0].finish_reason == "stop"
+    want = [tokenizer.eos, *tokenizer.encode("The mill"), *tokenizer.encode(found.choices[0].text)]
+    assert server[1].store("").get(name).tokens.tolist() == want
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -354,6 +355,52 @@ def test_what_is_measured(http, client):
     assert http.get("/ready").json()["capacity"].startswith("4 active + 0 stored contexts")
     assert client.models.list().data[0].id == client.models.retrieve("llm-mlp").id == "llm-mlp"
     assert "<main>" in http.get("/").text
+
+
+class Meter:
+    """A joule each time it is asked; ``None``: unavailable."""
+
+    def __init__(self, joules):
+        self.now = joules
+
+    def joules(self):
+        if self.now is not None:
+            self.now += 1.0
+        return self.now
+
+    def watts(self):
+        return None if self.now is None else 12.5
+
+
+@pytest.mark.parametrize("begin", [100.0, None])
+def test_energy_is_told_or_unavailable(model, tmp_path, caplog, begin):
+    """In whole answers, streams, /metrics and the log; a machine that tells none says null, never zero."""
+    caplog.set_level("INFO", "llm_mlp.serve")
+    energy = Meter(begin)
+    with (
+        serving(tmp_path, model=model, energy=energy) as (url, _),
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        how = {"model": "llm-mlp", "max_tokens": 4, "temperature": 0}
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        _, text = expected(model, "The mill", 40)
+        found = [
+            client.completions.create(prompt="The mill", **how),
+            client.chat.completions.create(messages=HELLO, **how),
+            list(client.completions.create(prompt="The mill", **how, **stream))[-1],
+            list(client.chat.completions.create(messages=HELLO, **how, **stream))[-1],
+            client.completions.create(prompt="The mill", **how | {"max_tokens": 40}, stop=text[8:11]),
+        ]
+        # One mark when it joins, one when it leaves.
+        assert [x.usage.energy_joules for x in found] == ([None] * 5 if begin is None else [1.0] * 5)
+        # Two answers, of one prompt that is read once: three to five marks in which somebody runs, as they come.
+        several = client.completions.create(prompt="The mill", n=2, **how).usage.energy_joules
+        assert several is None if begin is None else 3 <= several <= 5
+        metrics = httpx.get(url + "/metrics").text
+        assert (f"llm_mlp_energy_joules_total {energy.now}" in metrics) == (begin is not None)
+        assert ("llm_mlp_energy_watts 12.5" in metrics) == ("llm_mlp_energy" in metrics) == (begin is not None)
+    rows = [json.loads(r.message) for r in caplog.records if '"path": "/v1/' in r.message]
+    assert [r["energy_joules"] for r in rows] == [x.usage.energy_joules for x in found] + [several]
 
 
 def test_shutting_down_lets_answers_end(model, tmp_path):

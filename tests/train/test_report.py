@@ -13,8 +13,8 @@ from train_cases import run
 from typer.testing import CliRunner
 
 from llm_mlp.cli import app
+from llm_mlp.page import STYLES, Figure, Series, figures, short
 from llm_mlp.train.console import read_metrics
-from llm_mlp.train.page import STYLES, Figure, Series, figures, short
 from llm_mlp.train.report import ReportError, read_runs, write_report
 
 ODD = '<b>"wide" & $x_1$'  # a folder's name may be anything
