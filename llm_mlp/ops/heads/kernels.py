@@ -264,12 +264,18 @@ def _inputs_back(
 
 
 @triton.jit
-def low_rank(row, known, low_ptr, up_ptr, bias_ptr, RANK: tl.constexpr):
-    """``up[row] low + bias[row]``: the logits of some rows of a gate, its first product at ``low_ptr``."""
+def gate_rows(row, known, up_ptr, RANK: tl.constexpr):
+    """Rows of a gate's second matrix; weights, which may be read before what they are multiplied by is there."""
     j = tl.arange(0, RANK)
-    up = tl.load(up_ptr + (row[:, None] * RANK + j[None, :]), mask=known[:, None], other=0.0).to(tl.float32)
-    low = tl.load(low_ptr + j).to(tl.float32)
-    return tl.sum(up * low[None, :], 1) + tl.load(bias_ptr + row, mask=known, other=0.0).to(tl.float32)
+    return tl.load(up_ptr + (row[:, None] * RANK + j[None, :]), mask=known[:, None], other=0.0)
+
+
+@triton.jit
+def gate_logits(up, row, known, low_ptr, bias_ptr, RANK: tl.constexpr):
+    """``up low + bias``: the logits of those rows, the gate's first product at ``low_ptr``."""
+    low = tl.load(low_ptr + tl.arange(0, RANK)).to(tl.float32)
+    bias = tl.load(bias_ptr + row, mask=known, other=0.0).to(tl.float32)
+    return tl.sum(up.to(tl.float32) * low[None, :], 1) + bias
 
 
 @triton.jit
@@ -281,11 +287,14 @@ def _inputs_step(
 ):  # fmt: skip
     """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros.
     RANK: ``write`` is the second matrix of the gate's logits, whose first product stands in x from ``low`` on."""
-    after_previous(PDL)
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = place_of(index_ptr, b, INDEXED)
     f = tl.arange(0, R)
     c = block * R + f
+    if RANK > 0:
+        gate, gated = c - 2 * G * R, (c >= 2 * G * R) & (c < C)
+        up = gate_rows(gate, gated, write_ptr, RANK)
+    after_previous(PDL)
+    row = place_of(index_ptr, b, INDEXED)
     here = where_if(c < C, row >= 0)
     x = tl.load(x_ptr + b * stride + c, mask=here, other=0.0)
     y = x.to(tl.float32)
@@ -318,8 +327,7 @@ def _inputs_step(
     else:
         at = b * width + c - 2 * G * R
         if RANK > 0:
-            logit = low_rank(c - 2 * G * R, here, x_ptr + b * stride + low, write_ptr, bias_ptr, RANK)
-            a *= 2.0 * _sigmoid(logit)
+            a *= 2.0 * _sigmoid(gate_logits(up, gate, gated, x_ptr + b * stride + low, bias_ptr, RANK))
         elif WRITE:
             a *= 2.0 * _sigmoid(tl.load(write_ptr + at, mask=here, other=0.0).to(tl.float32))
         tl.store(w_ptr + at, narrow(a, w_ptr.dtype.element_ty), mask=c < C)

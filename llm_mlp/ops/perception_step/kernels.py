@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_mlp.ops.heads.kernels import _inputs_step, _sigmoid, low_rank
+from llm_mlp.ops.heads.kernels import _inputs_step, _sigmoid, gate_logits, gate_rows
 from llm_mlp.ops.memorise.step_kernels import added, close, look, parts_of
 from llm_mlp.ops.memorise.units import raw
 from llm_mlp.ops.perceive.step_kernels import place_of, tile_of, update
@@ -37,12 +37,13 @@ def _states(
     SOFTMAX: tl.constexpr, PARTS: tl.constexpr, INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HEADS programs of a group update its heads, PARTS read its rows."""
-    after_previous(PDL)
     b, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group = g + tl.arange(0, 1)
+    up = gate_rows(group, group < G, up_ptr, RANK)
+    after_previous(PDL)
     row = place_of(index_ptr, b, INDEXED)
     if part < HEADS:
-        group = g + tl.arange(0, 1)
-        logit = low_rank(group, group < G, low_ptr + b * low_stride, up_ptr, bias_ptr, RANK)
+        logit = gate_logits(up, group, group < G, low_ptr + b * low_stride, bias_ptr, RANK)
         beta = erase_max * _sigmoid(tl.sum(logit, 0))
         update(
             b, g, part, row, q_ptr, k_ptr, None, w_ptr, logit_ptr + b * logit_stride, rate_ptr, beta, state_ptr, y_ptr,
@@ -64,16 +65,18 @@ def _finish(
     SLOTS: tl.constexpr, J: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr, INDEXED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    after_previous(PDL)
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, at, d = place_of(index_ptr, b, INDEXED), b * G + g, tl.arange(0, BW)
+    at, d = b * G + g, tl.arange(0, BW)
+    up = gate_rows(g * BW + d, d < BW, up_ptr, RANK)
+    after_previous(PDL)
+    row = place_of(index_ptr, b, INDEXED)
     if row >= 0:
         y = tl.load(y_ptr + at * BW + d)
         share = _sigmoid(tl.load(logit_ptr + b * logit_stride + (G + g) * m + d // V).to(tl.float32))
         y += share * added(at, part_ptr, BW, PARTS)
         heads = tl.reshape(y, (m, V))
         heads *= tl.rsqrt(tl.sum(heads * heads, 1) / V + eps)[:, None]
-        gate = low_rank(g * BW + d, d < BW, low_ptr + b * low_stride, up_ptr, bias_ptr, RANK)
+        gate = gate_logits(up, g * BW + d, d < BW, low_ptr + b * low_stride, bias_ptr, RANK)
         y = tl.reshape(heads, (BW,)) * _sigmoid(gate)
         tl.store(out_ptr + at * BW + d, narrow(y, out_ptr.dtype.element_ty))
     else:
