@@ -32,7 +32,8 @@ class CapturedStep:
         if device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a model on a CUDA device; this one is on {device}")
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        before = {name: tensor.clone() for name, tensor in state.items()}
+        untouched = indices is not None and bool((indices < 0).all())  # of a large pool a copy may not fit
+        before = {} if untouched else {name: tensor.clone() for name, tensor in state.items()}
         own = dict(state)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -46,8 +47,8 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = model.step(self.tokens, own, indices)
-        for name, tensor in state.items():
-            tensor.copy_(before[name])
+        for name, tensor in before.items():
+            state[name].copy_(tensor)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, vocabulary]`` after ``tokens [batch]``; the next call overwrites them."""
