@@ -32,21 +32,23 @@ from llm_mlp.train import train
 
 STEPS, BATCH, LENGTH = 1224, 16, 1024  # 20.05 M tokens; at 64 sequences a step AdamW is left far behind
 SHARES = (0.7, 0.5, 0.35, 0.25)
-RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-WIDE = (0.00025, *RATES, 0.064)
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 Job = tuple[str, float, float, int]  # rung, rate, share of the tokens, seed
 RAMP = ["control.batch=ramp", "micro_batch=8", "control.max_batch=128"]
 
 
-def _optimizer(name: str, embedding_rate: int) -> list[str]:
-    return [f"optimizer.name={name}", *([f"optimizer.embedding_rate={embedding_rate}"] if embedding_rate != 1 else ())]
+def _optimizer(name: str, matrices: float, embedding: float) -> list[str]:
+    rates = [f"optimizer.matrix_rate={matrices:g}", f"optimizer.embedding_rate={embedding:g}"]
+    return [f"optimizer.name={name}", *rates]
 
 
-ADAMW, MUON = _optimizer("adamw", 1), [*_optimizer("muon", 1), "schedule.kind=linear", "schedule.decay=1.0"]
+LINEAR = ["schedule.kind=linear", "schedule.decay=1.0"]
+# What `rates` found, between two tried settings where they are close; a number of a matrix moves as far with both.
+ADAMW, MUON = _optimizer("adamw", 0.1, 16), [*_optimizer("muon", 0.5, 32), *LINEAR]
 RUNGS: dict[str, list[str]] = {
     "constant": [*ADAMW, "schedule.kind=constant"],
     "cosine": [*ADAMW, "schedule.kind=cosine"],
-    "linear": [*ADAMW, "schedule.kind=linear", "schedule.decay=1.0"],
+    "linear": [*ADAMW, *LINEAR],
     "muon": MUON,
     "ramp": [*MUON, *RAMP],
     "noise": [*MUON, *RAMP, "control.rate_from_gradients=true"],
@@ -58,7 +60,8 @@ TRIALS += [("linear", lr, m, e) for m, e in ((0.2, 4), (0.05, 1)) for lr in (0.0
 TRIALS += [("muon", 0.008, m, e) for m, e in ((1, 1), (1, 4), (1, 16), (1, 64), (2, 16), (0.5, 32))]
 EXPLORED: dict[Job, list[str]] = {
     (f"{rung}, matrices x{m}, embedding x{e}", lr, 0.5, 0): [
-        *RUNGS[rung],
+        f"optimizer.name={'muon' if rung == 'muon' else 'adamw'}",
+        *LINEAR,
         f"optimizer.matrix_rate={m}",
         f"optimizer.embedding_rate={e}",
     ]
@@ -105,14 +108,14 @@ def wanted(found: dict[Job, dict[str, Any]]) -> list[Job]:
         known = sorted(lr for name, lr, share, seed in found if (name, share, seed) == (rung, 1.0, 0))
         best = tuned(found, rung)
         if best is None:
-            middle = {"constant": 0.002, "cosine": 0.004, "linear": 0.004}.get(rung, 0.008)
+            middle = {"cosine": 0.016, "linear": 0.016}.get(rung, 0.008)
             if known:
                 middle = min(known, key=lambda lr: loss_of(found[rung, lr, 1.0, 0]))
-            at = WIDE.index(middle)
+            at = RATES.index(middle)
             near = (
-                WIDE[max(0, at - 2) : at + 3]
+                RATES[max(0, at - 2) : at + 3]
                 if len(known) < 5
-                else (WIDE[max(0, at - 1)], WIDE[min(len(WIDE) - 1, at + 1)])
+                else (RATES[max(0, at - 1)], RATES[min(len(RATES) - 1, at + 1)])
             )
             # From the middle outwards, so that the first few already say which way it goes.
             near = sorted(near, key=lambda lr: abs(math.log(lr / middle)))

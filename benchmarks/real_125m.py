@@ -52,6 +52,8 @@ def config_of(model: str, length: int, args: argparse.Namespace, out: Path) -> T
         f"steps={steps}",
         f"checkpoint.every={steps // 2}",
         f"optimizer.lr={args.lr}",
+        "optimizer.matrix_rate=0.5",  # of Muon, with the embedding's: benchmarks/ladder.py rates
+        "optimizer.embedding_rate=32",
         "schedule.warmup=50",
         "schedule.decay=1.0",
         "evaluation.tokens=1000000",
@@ -102,7 +104,7 @@ def run(model: str, length: int, gpu: int, args: argparse.Namespace) -> dict[str
         "model": model,
         "length": length,
         "packing": config.data.packing,
-        "lr": config.optimizer.lr,
+        "optimizer": {name: getattr(config.optimizer, name) for name in ("lr", "matrix_rate", "embedding_rate")},
         "tokens": len(lines) * STEP,
         "held_out_loss": last["held_out_loss"],
         "bits_per_byte": last["bits_per_byte"],
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--prepared", required=True, help="folder that `llm-mlp prepare` wrote")
     parser.add_argument("--only", default="", help="MODEL/LENGTH, comma-separated")
     parser.add_argument("--micro", type=int, default=16, help="sequences of 4,096 tokens (or as many tokens) a pass")
-    parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--lr", type=float, default=0.008)
     parser.add_argument("--runs", default="/tmp/real-125m")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real_125m.jsonl"))
     parser.add_argument("override", nargs="*", help="config overrides, NAME=VALUE")
