@@ -57,11 +57,16 @@ def test_graphs_change_nothing(weights):
     asked = requests(model, 20)
     with_graphs, without = (answers(model, asked, True, graphs=graphs) for graphs in (True, False))
     assert all(len(found) == 40 for found in with_graphs)
-    # A graph's batch is padded to a power of two, where other products may be chosen.
+    # A graph's batch is padded to a power of two, where other products may be chosen: they round differently, and of two
+    # tokens that are nearly as likely now and then the other one comes first. Behind it the texts differ.
+    apart = 0
     for found, wanted in zip(with_graphs, without, strict=True):
-        assert [token for token, _ in found] == [token for token, _ in wanted]
-        logprobs = [logprob for _, logprob in wanted]
-        assert [p for _, p in found] == pytest.approx(logprobs, abs=1e-4 if weights == "fp32" else 5e-2)
+        for (token, p), (other, q) in zip(found, wanted, strict=True):
+            assert p == pytest.approx(q, abs=1e-4 if weights == "fp32" else 5e-2)
+            if token != other:
+                apart += 1
+                break
+    assert apart <= (0 if weights == "fp32" else 5), f"{apart} of {len(asked)} texts differ"
 
 
 @pytest.mark.parametrize(("weights", "state"), SETTINGS)
