@@ -57,8 +57,8 @@ def test_graphs_change_nothing(weights):
     asked = requests(model, 20)
     with_graphs, without = (answers(model, asked, True, graphs=graphs) for graphs in (True, False))
     assert all(len(found) == 40 for found in with_graphs)
-    # A graph's batch is padded to a power of two, where other products may be chosen: they round differently, and of two
-    # tokens that are nearly as likely now and then the other one comes first. Behind it the texts differ.
+    # A graph's batch is padded to a power of two, where other products may be chosen: they round differently, and of
+    # two tokens that are nearly as likely now and then the other one comes first. Behind it the texts differ.
     apart = 0
     for found, wanted in zip(with_graphs, without, strict=True):
         for (token, p), (other, q) in zip(found, wanted, strict=True):
