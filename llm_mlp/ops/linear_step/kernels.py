@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_mlp.ops.linear_step import ROWS, Product
 from llm_mlp.ops.linear_step.quantized import Int8
-from llm_mlp.ops.tiles import after_previous, from_int8, narrow, product_onto
+from llm_mlp.ops.tiles import after_previous, fetch_ahead, from_int8, narrow, product_onto
 from llm_mlp.ops.tune import Sizes, Table, overlap, plan
 
 NUMBERS = 2**12  # of a matrix that a program multiplies at a time, while as many are on their way
@@ -37,6 +37,9 @@ def _rows(
         k = tl.arange(0, BK)
         w_tile = w_ptr + (n[:, None] * K + k[None, :])
         w = tl.load(w_tile, mask=known[:, None] & (k < K)[None, :], other=0)  # on its way while x is still made
+        if PDL:
+            width = tl.constexpr(w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            fetch_ahead(w_ptr + tile * BN * K, tl.minimum(N - tile * BN, BN) * K * width)
         after_previous(PDL)
         for a in range(0, K, BK):
             k = a + tl.arange(0, BK)
