@@ -414,21 +414,29 @@ def _chain(
         tl.store(last_place_ptr + left + j, tl.where(top > -float("inf"), place, -1), mask=inside)
 
 
+@triton.jit
+def _places(place_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr):
+    """Of a tile of copies: their numbers, their rows and carried rows with masks of those that are, and columns."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BX)
+    place, g = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64), (at // S) % G
+    known = (c < width)[None, :]
+    own = (place * G + g)[:, None] * width + c[None, :]
+    old = ((-2 - place) * G + g)[:, None] * width + c[None, :]
+    copy = at.to(tl.int64)[:, None] * width + c[None, :]
+    return copy, (at < n)[:, None] & known, own, (place >= 0)[:, None] & known, old, (place < -1)[:, None] & known
+
+
 @triton.jit(do_not_specialize=["n", "G", "S"])
 def _copy(
     row_ptr, old_ptr, place_ptr, out_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr, CARRIED: tl.constexpr
 ):  # fmt: skip
     """Rows from their places, carried or not; zero without one."""
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    c = tl.arange(0, BX)
-    place, g = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64), (at // S) % G
-    known = (c < width)[None, :]
-    x = tl.load(row_ptr + (place * G + g)[:, None] * width + c[None, :], mask=(place >= 0)[:, None] & known, other=0.0)
+    copy, there, own, is_own, old, is_old = _places(place_ptr, n, G, S, width, BX, BN)
+    x = tl.load(row_ptr + own, mask=is_own, other=0.0)
     if CARRIED:
-        old = (place < -1)[:, None]
-        carried = tl.load(old_ptr + ((-2 - place) * G + g)[:, None] * width + c[None, :], mask=old & known, other=0.0)
-        x = tl.where(old, carried, x)
-    tl.store(out_ptr + at.to(tl.int64)[:, None] * width + c[None, :], x, mask=(at < n)[:, None] & known)
+        x = tl.where(is_old, tl.load(old_ptr + old, mask=is_old, other=0.0), x)
+    tl.store(out_ptr + copy, x, mask=there)
 
 
 @triton.jit(do_not_specialize=["n", "G", "S"])
@@ -436,14 +444,11 @@ def _copy_back(
     d_ptr, place_ptr, row_ptr, old_ptr, n, G, S, width, BX: tl.constexpr, BN: tl.constexpr, CARRIED: tl.constexpr
 ):  # fmt: skip
     """The inverse: a row has one place at most."""
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    c = tl.arange(0, BX)
-    place, g = tl.load(place_ptr + at, mask=at < n, other=-1).to(tl.int64), (at // S) % G
-    known = (c < width)[None, :]
-    d = tl.load(d_ptr + at.to(tl.int64)[:, None] * width + c[None, :], mask=(at < n)[:, None] & known, other=0.0)
-    tl.store(row_ptr + (place * G + g)[:, None] * width + c[None, :], d, mask=(place >= 0)[:, None] & known)
+    copy, there, own, is_own, old, is_old = _places(place_ptr, n, G, S, width, BX, BN)
+    d = tl.load(d_ptr + copy, mask=there, other=0.0)
+    tl.store(row_ptr + own, d, mask=is_own)
     if CARRIED:
-        tl.store(old_ptr + ((-2 - place) * G + g)[:, None] * width + c[None, :], d, mask=(place < -1)[:, None] & known)
+        tl.store(old_ptr + old, d, mask=is_old)
 
 
 # -- host ----------------------------------------------------------------------------------------------------------

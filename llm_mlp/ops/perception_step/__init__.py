@@ -64,9 +64,14 @@ class State(NamedTuple):
 
 def serves(x: Tensor, layer: Layer, state: State, backend: str = "auto") -> bool:
     """Whether the kernels run for tokens ``x [B, ...]`` (the reason is logged once)."""
-    sizes = _sizes(x, layer, state)
-    untrusted = lambda: tune.untrusted("perception_step", sizes, str(x.device))  # noqa: E731
-    return choose("perception_step", backend, x.device, _not_served(x, layer, state), untrusted) == "triton"
+    kind = choose(
+        "perception_step",
+        backend,
+        x.device,
+        _not_served(x, layer, state),
+        lambda: tune.untrusted("perception_step", _sizes(x, layer, state), str(x.device)),
+    )
+    return kind == "triton"
 
 
 @torch.no_grad()
