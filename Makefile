@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# A test takes one thread; they run side by side, at most eight (each takes some 1 GB).
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test slow check clean
 
@@ -22,10 +24,10 @@ demo: .venv/package
 	$(BIN)/llm-mlp demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: .venv/ready
 	$(BIN)/ruff check .

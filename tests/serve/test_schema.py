@@ -58,6 +58,11 @@ def test_the_document_tells_the_truth(tmp_path):
                 store.fork("kept", "mill")
             own = {"name": f"n{number}", "to": f"n{number}", "contexts": ["mill"], "model": "", "context": "mill"}
             body.update({field: value for field, value in own.items() if field in body})
+            # What the schema cannot say: most messages need a text, and what may be asked of the answer depends.
+            for message in body["messages"] if path.endswith("/chat/completions") and valid else []:
+                message["content"] = message.get("content") or "Hello."
+            for field in ("response_format", "stop", "tools", "tool_choice") if valid else []:
+                body.pop(field, None)
             if "name" in (case.path_parameters or {}):
                 new = path.endswith(("/compose", "/file")) and case.method in ("POST", "PUT")
                 case.path_parameters["name"] = "llm-mlp" if "models" in path else own["name"] if new else "mill"
@@ -82,6 +87,7 @@ def test_the_document_tells_the_truth(tmp_path):
         operations = [result.ok() for result in schema.get_all_operations()]
         for operation, mode in itertools.product(operations, schemathesis.GenerationMode):
             try:
+                valid = mode is schemathesis.GenerationMode.POSITIVE
                 how(given(operation.as_strategy(generation_mode=mode))(call))()
             except Unsatisfiable:  # nothing about it can be wrong
                 continue

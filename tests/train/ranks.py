@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import queue
@@ -17,6 +18,7 @@ def _one(rank: int, size: int, store: str, out: Any, function: Callable, args: t
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a crash says where
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -42,7 +44,7 @@ def start(size: int, function: Callable, *args: Any) -> tuple[list[Any], Any]:
 def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]]:
     """What each rank returned, or the error it ended with."""
     processes, out = start(size, function, *args)
-    found = dict.fromkeys(range(size), (False, "said nothing"))
+    found: dict[int, tuple[bool, Any]] = {}
     end = time.monotonic() + 300
     waiting = set(range(size))
     while waiting and time.monotonic() < end:
@@ -56,8 +58,10 @@ def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]
         waiting.discard(rank)
         if not well:
             end = min(end, time.monotonic() + 30)  # the others may wait for it in vain
-    for process in processes:
+    for rank, process in enumerate(processes):
         process.join(1 if waiting else 60)
+        if rank in waiting:
+            found[rank] = (False, f"said nothing; exit code {process.exitcode}")
         process.kill()
     return [found[r] for r in range(size)]
 
@@ -65,6 +69,6 @@ def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]
 def together(size: int, function: Callable, *args: Any) -> list[Any]:
     """What each rank returned; all must succeed."""
     found = outcomes(size, function, *args)
-    for rank, (well, value) in enumerate(found):
-        assert well, f"rank {rank}: {value}"
+    failed = [f"rank {rank}: {value}" for rank, (well, value) in enumerate(found) if not well]
+    assert not failed, "\n".join(failed)
     return [value for _, value in found]
