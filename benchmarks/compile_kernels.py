@@ -28,6 +28,7 @@ from llm_mlp.ops.memorise import step_kernels as memorise_steps
 from llm_mlp.ops.perceive import kernels as perceive
 from llm_mlp.ops.perceive import step_kernels as perceive_steps
 from llm_mlp.ops.perception_step import kernels as token_steps
+from llm_mlp.ops.wide import kernels as wide
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = (
@@ -51,6 +52,7 @@ TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 NARROW = {"q", "k", "e", "w", "y", "dy", "dq", "dk", "de", "dw", "old_k", "old_w", "before", "dafters", "inverse"}
 NARROW |= {"x", "tail", "write", "erase", "dx", "dwrite", "derase", "dread", "dkey", "read", "key", "logit"}
 NARROW |= {"residual", *(f"{name}{n}" for name in ("w", "bias", "out") for n in range(3)), "heads"}
+NARROW |= {"z", "weight", "phi", "dphi", "dz"}
 NARROW |= {"low", "up", "bias", "keys", "values", "value", "share", "gate", "out", "dout", "dshare", "dgate"}
 
 
@@ -178,7 +180,11 @@ def main() -> None:
                 args.stages,
                 args.capability,
             )
-        inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "UNITS": True}
+        first = {"R": 128, "F": max(256, args.features), "SLOPE": True, "PRECISION": precision}
+        for kernel in (wide._first, wide._first_back):
+            size = {n: wide.LAUNCH[kernel.fn.__name__][n] for n in ("BT", "BF")}
+            show(kernel, {**first, **size}, args.dtype, warps, args.stages, args.capability)
+        inputs = {"R": args.features, "K": 4, "SLOPE": True, "WRITE": True, "UNITS": True, "UNIT": True}
         inputs |= {"CARRIED": False}
         outputs = {"V": args.value_width, "READ": True, "GATE": True, "PDL": False}
         for kernel, constants in (

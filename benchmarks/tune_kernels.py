@@ -1,6 +1,6 @@
 """Check every launch configuration of the kernels against float64 on this device, and time each kernel alone.
 
-    python benchmarks/tune_kernels.py [perceive|memorise|heads|cross_entropy] [--kernels _scan] [--workers 8]
+    python benchmarks/tune_kernels.py [perceive|perceive_wide|memorise|heads|cross_entropy] [--kernels _scan]
 
 Each configuration (CANDIDATES below) of one kernel (the others as they are) runs forward and backward on fresh random
 inputs, in a process of its own, because a miscompiled one may take the device's context with it. A tensor passes whose
@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.errors import TritonError
 
-from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs
+from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs, wide_inputs
 from llm_mlp.bench.record import record
-from llm_mlp.ops import linear_cross_entropy, memorise, perceive
+from llm_mlp.ops import linear_cross_entropy, memorise, perceive, perceive_wide
 from llm_mlp.ops.checks import both_ways, compare
 from llm_mlp.ops.cross_entropy import kernels as cross_entropy_kernels
 from llm_mlp.ops.heads import head_inputs, head_outputs
@@ -37,11 +37,13 @@ from llm_mlp.ops.heads import kernels as head_kernels
 from llm_mlp.ops.memorise import kernels as memorise_kernels
 from llm_mlp.ops.perceive import kernels as perceive_kernels
 from llm_mlp.ops.tune import ASSEMBLER, assembler_version, newest_assembler
+from llm_mlp.ops.wide import kernels as wide_kernels
 
 DEVICE = torch.device("cuda")
-SMALL = {"batch": 2, "length": 400, "groups": 2, "features": 128, "block": 256, "slots": 64}
+SMALL = {"batch": 2, "length": 400, "groups": 2, "block": 256, "slots": 64}
 NAMES = {
     "perceive": "y state residual dq dk de dw dlog_decay",
+    "perceive_wide": "y state residual dq dk dweight dslope dbeta dw dlog_decay",
     "memorise": "y keys values dq dk dw dsink",
     "heads": "q k w units_q units_k out dx dconv dslope dwrite dgain dy dread dshare dgate",
     "cross_entropy": "loss dhidden dweight",
@@ -58,6 +60,11 @@ def _launches(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(names[-len(n) :], n, strict=True)) for n in numbers]
 
 
+def _layers(*numbers: tuple[int, ...]) -> list[dict[str, int]]:
+    """Tokens and features of a tile, warps and stages."""
+    return [dict(zip(("BT", "BF", "num_warps", "num_stages"), n, strict=True)) for n in numbers]
+
+
 def _tokens(*numbers: tuple[int, int]) -> list[dict[str, int]]:
     """Tokens of a tile, and warps."""
     return [{"BT": tokens, "num_warps": warps} for tokens, warps in numbers]
@@ -71,6 +78,8 @@ CANDIDATES = {
     "_read": _launches((64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)),
     "_read_back": _launches((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)),
     "_rows_back": _launches((32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), (32, 32, 4, 3), (64, 32, 4, 3)),
+    "_first": _layers((64, 128, 4, 2), (64, 128, 4, 1), (64, 128, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2)),
+    "_first_back": _layers((64, 64, 4, 1), (64, 64, 4, 2), (64, 128, 8, 1), (64, 128, 8, 2), (128, 64, 8, 2)),
     "_inputs": _tokens((32, 4), (32, 8), (16, 4), (64, 8)),
     "_inputs_back": [{"RUN": run, "num_warps": warps} for run, warps in ((128, 1), (64, 1), (256, 1), (128, 2))],
     "_outputs": _tokens((32, 4), (16, 4), (32, 8)),
@@ -79,15 +88,22 @@ CANDIDATES = {
 }
 TABLES = {
     "perceive": perceive_kernels.LAUNCH,
+    "perceive_wide": wide_kernels.LAUNCH,
     "memorise": memorise_kernels.LAUNCH,
     "heads": head_kernels.LAUNCH,
     "cross_entropy": cross_entropy_kernels.LAUNCH,
 }
 
 
+INPUTS = {"perceive": perceive_inputs, "perceive_wide": wide_inputs, "memorise": memorise_inputs}
+FEATURES = {"perceive_wide": 512}  # F of each op, else 128
+
+
 def runner(op: str, backend: str, s: Shape) -> Callable[..., tuple[Tensor, ...]]:
     if op == "perceive":
         return lambda *x: perceive(*x, return_residual=True, backend=backend)
+    if op == "perceive_wide":
+        return lambda *x: perceive_wide(*x, eps=EPS, return_residual=True, backend=backend)
     plain = "triton" if backend == "triton" else "chunked"  # the other ops' reference is plain torch
     if op == "heads":
 
@@ -105,8 +121,8 @@ def runner(op: str, backend: str, s: Shape) -> Callable[..., tuple[Tensor, ...]]
 
 
 def make_inputs(op: str, s: Shape) -> list[Tensor]:
-    if op in ("perceive", "memorise"):
-        return (perceive_inputs if op == "perceive" else memorise_inputs)(s, torch.bfloat16, DEVICE)
+    if op in INPUTS:
+        return INPUTS[op](s, torch.bfloat16, DEVICE)
 
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype)
@@ -148,7 +164,8 @@ def check(op: str, m: int, V: int) -> dict[str, Any]:
     ratios: dict[str, float] = {}
     try:
         for activation in ("relu2", "softmax") if op == "memorise" else ("relu2",):
-            more, ratios = failures(op, Shape(**SMALL, heads=m, value_width=V, activation=activation))
+            size = {"features": FEATURES.get(op, 128), "read_width": 128, "heads": m, "value_width": V}
+            more, ratios = failures(op, Shape(**SMALL, **size, activation=activation))
             found += [f"{activation} {text}" if op == "memorise" else text for text in more]
     except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure, a lost device
         found.append((str(error).splitlines() or [type(error).__name__])[0][:200])
@@ -241,7 +258,8 @@ def main() -> None:
             **row,
         }
         if not row["failures"] and not args.no_times:
-            s = Shape(tokens // args.length, args.length, 8, 128, args.heads, args.value_width, 256, 64, "relu2")
+            width = FEATURES.get(op, 128)
+            s = Shape(tokens // args.length, args.length, 8, width, 128, args.heads, args.value_width, 256, 64, "relu2")
             before, TABLES[op][kernel] = TABLES[op][kernel], launch
             times = kernel_times(op, s, args.repeats)
             row["ms"], TABLES[op][kernel] = times.get(kernel), before

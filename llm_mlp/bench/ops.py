@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm_mlp.bench.record import device_name, record
 from llm_mlp.bench.speed import setup, timed
 from llm_mlp.config import ConfigError
-from llm_mlp.ops import memorise, perceive
+from llm_mlp.ops import memorise, perceive, perceive_wide
 from llm_mlp.ops.perceive.chunked import CHUNK
 from llm_mlp.precision import DTYPES
 
@@ -37,6 +37,7 @@ class Shape:
     length: int
     groups: int
     features: int
+    read_width: int  # perceive_wide: R
     heads: int  # of a group
     value_width: int
     block: int
@@ -69,10 +70,12 @@ def work(op: str, s: Shape, size: int, backward: bool) -> Work:
         return work(
             "perceive", replace(s, groups=_peer_heads(s), features=128, heads=1, value_width=128), size, backward
         )
-    if op == "perceive":
-        e = 4 if s.erase == "scalar" else Fe * size
-        inputs, outputs = G * ((2 * Fe + mV) * size + e + 4 * m), G * (mV * size + 4 * m)
+    if op in ("perceive", "perceive_wide"):
+        e = Fe * size if op == "perceive" and s.erase == "vector" else 4
+        width = s.read_width if op == "perceive_wide" else Fe
+        inputs, outputs = G * ((2 * width + mV) * size + e + 4 * m), G * (mV * size + 4 * m)
         flops = G * (4 * CHUNK * Fe + 6 * Fe * mV + 4 * CHUNK * mV)
+        flops += G * 4 * width * Fe if op == "perceive_wide" else 0
         more = 3.0
     elif op == "memorise":
         rows = s.slots + s.block // 2  # a query sees half of its block on average
@@ -103,6 +106,14 @@ def perceive_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[
     half = torch.logspace(3, 12, m, base=2, device=device)
     decay = -torch.rand((B, T, G, m), device=device) / half
     return [q.to(dtype), k.to(dtype), e, w, decay]
+
+
+def wide_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`perceive_inputs` with reads and keys before the first layer, and that layer with its slope."""
+    _, _, beta, w, decay = perceive_inputs(s, dtype, device)
+    q, k = (_normal(s.batch, s.length, s.groups, s.read_width, dtype=dtype, device=device) for _ in range(2))
+    weight = _normal(s.groups, s.read_width, s.features, dtype=dtype, device=device) * 1.5 / s.read_width**0.5
+    return [q, k, weight, torch.ones((s.groups, s.features), device=device), beta, w, decay]
 
 
 def memorise_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -152,6 +163,8 @@ def _implementations(op: str, s: Shape, names: list[str], dtype: torch.dtype, de
         if name in ("triton", "chunked", "reference"):
             if op == "perceive":
                 yield name, op, partial(perceive, backend=name), perceive_inputs(s, dtype, device)
+            elif op == "perceive_wide":
+                yield name, op, partial(perceive_wide, eps=1e-6, backend=name), wide_inputs(s, dtype, device)
             else:
                 size: dict[str, Any] = {"block": s.block, "slots": s.slots, "activation": s.activation}
                 yield name, op, partial(memorise, backend=name, **size), memorise_inputs(s, dtype, device)
@@ -167,7 +180,7 @@ def default_implementations(op: str, device: torch.device) -> list[str]:
     if device.type == "cpu":
         return ["chunked"]
     peers = ["triton", "chunked", "sdpa-cudnn", "sdpa-flash"]
-    return peers + (["fla"] if op == "perceive" and find_spec("fla") else [])
+    return peers + (["fla"] if op != "memorise" and find_spec("fla") else [])
 
 
 def _first(out: Any) -> Tensor:
@@ -233,13 +246,15 @@ def bench_ops(
     Raises:
         ConfigError: an unknown op, dtype or implementation.
     """
-    if op not in ("perceive", "memorise"):
-        raise ConfigError(f"unknown op {op!r}; known: perceive, memorise")
+    if op not in ("perceive", "perceive_wide", "memorise"):
+        raise ConfigError(f"unknown op {op!r}; known: perceive, perceive_wide, memorise")
     kinds = {"fp32": torch.float32, **DTYPES}
     if dtype not in kinds:
         raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(kinds)}")
-    if sizes.get("erase", "scalar") not in ("scalar", "vector"):
-        raise ConfigError(f"--erase {sizes['erase']!r}: expected scalar or vector")
+    if (erase := sizes.get("erase", "scalar")) not in ("scalar", "vector"):
+        raise ConfigError(f"--erase {erase!r}: expected scalar or vector")
+    if op == "perceive_wide" and erase == "vector":
+        raise ConfigError("--erase vector: perceive_wide has one number a group")
     on = setup(device, threads)
     names = names or default_implementations(op, on)
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:

@@ -489,11 +489,12 @@ def bench_serve(
 
 @bench_app.command("op")
 def bench_op(
-    op: Annotated[str, typer.Argument(help="perceive or memorise.")],
+    op: Annotated[str, typer.Argument(help="perceive, perceive_wide or memorise.")],
     lengths: Annotated[str, typer.Option(help="Sequence lengths, comma-separated.")] = "2048,131072",
     tokens: Tokens = 131_072,
     groups: Annotated[int, typer.Option(min=1, help="G: groups.")] = 8,
     features: Annotated[int, typer.Option(min=1, help="F (memorise: R).")] = 128,
+    read_width: Annotated[int, typer.Option(min=1, help="perceive_wide: R.")] = 128,
     heads: Annotated[int, typer.Option(min=1, help="m: heads of a group.")] = 4,
     value_width: Annotated[int, typer.Option(min=1, help="V: values of a head.")] = 32,
     block: Annotated[int, typer.Option(min=1, help="memorise: tokens of a block.")] = 256,
@@ -513,7 +514,7 @@ def bench_op(
     from llm_mlp.bench.ops import bench_ops
 
     sizes = {"groups": groups, "features": features, "heads": heads, "value_width": value_width}
-    sizes |= {"block": block, "slots": slots}
+    sizes |= {"block": block, "slots": slots, "read_width": read_width}
     names = [name for name in implementations.split(",") if name]
     rows = bench_ops(
         op,

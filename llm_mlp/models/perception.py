@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
-from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, rms_norm
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, perceive_transition, units_init
-from llm_mlp.ops.conv import causal_conv, causal_conv_step
 from llm_mlp.ops.heads import (
     Gates,
     HeadInputs,
@@ -25,14 +24,13 @@ from llm_mlp.ops.heads import (
     head_inputs,
     head_inputs_step,
     head_outputs,
-    prepare,
-    unit,
 )
 from llm_mlp.ops.linear_step import linear_step
 from llm_mlp.ops.memorise.units import to_rows
 from llm_mlp.ops.perceive.chunked import CHUNK
 from llm_mlp.ops.perception_step import Gate, Layer, perception_step, serves
 from llm_mlp.ops.perception_step import State as Token
+from llm_mlp.ops.wide import first_layer, perceive_wide
 
 _UNITS = tuple(f"units.{name}" for name in Units._fields)
 
@@ -146,25 +144,12 @@ class PerceptionMixer(Mixer):
         shape = self.groups, self.heads_per_group
         return (gates_step if step else gates)(x, heads, self.log_rate, erase, shape=shape, erase_max=self.erase_max)
 
-    def _prepare(self, qkv: Tensor, logits: dict[str, Tensor]) -> HeadInputs:
-        """From the convolved q, k, v to the ops' inputs."""
-        return prepare(
-            qkv,
-            self.slope,
-            logits.get("write"),
-            self.units_gain if self.block else None,
-            self._first,
-            groups=self.groups,
-            heads=(self.heads_per_group, self.value_width),
-            eps=self.eps,
-        )
-
-    def _first(self, z: Tensor) -> Tensor:
-        """First layer of the heads, phi: ``[..., G, R]`` -> ``[..., G, F]``, of unit length."""
-        if self.first_layer is not None:
-            z = torch.einsum("...gr,grf->...gf", rms_norm(z, self.eps), self.first_layer.to(z.dtype))
-            z = z * torch.sigmoid(z if self.first_slope is None else z * self.first_slope.to(z.dtype))
-        return unit(z)
+    def _widened(self, i: HeadInputs) -> HeadInputs:
+        """With q and k after the heads' first layer, ``[..., G, F]``, where they have one."""
+        if self.first_layer is None:
+            return i
+        q, k = (first_layer(z, self.first_layer, self.first_slope, eps=self.eps) for z in (i.q, i.k))
+        return i._replace(q=q, k=k)
 
     def _erase(self, k: Tensor, beta: Tensor | None) -> Tensor:
         """e of the ops: one number a group where the erase vector is that times k."""
@@ -212,36 +197,41 @@ class PerceptionMixer(Mixer):
         split = self.split
         if split is not None and self.conv is not None:
             before = {"conv": split.tail(qkv, self.conv.shape[1] - 1, cu_seqlens)}
-        if self.first_layer is None:
-            i, tail = head_inputs(
-                qkv,
-                self.conv,
-                self.slope,
-                logits.get("write"),
-                self.units_gain if self.block else None,
-                before.get("conv"),
-                groups=self.groups,
-                heads=(self.heads_per_group, self.value_width),
-                eps=self.eps,
-                cu_seqlens=cu_seqlens,
-            )
-        else:
-            tail = None
-            if self.conv is not None:
-                qkv, tail = causal_conv(qkv, self.conv, before.get("conv"), cu_seqlens=cu_seqlens)
-            i = self._prepare(qkv, logits)
+        i, tail = head_inputs(
+            qkv,
+            self.conv,
+            self.slope,
+            logits.get("write"),
+            self.units_gain if self.block else None,
+            before.get("conv"),
+            groups=self.groups,
+            heads=(self.heads_per_group, self.value_width),
+            eps=self.eps,
+            normalize=self.first_layer is None,
+            cu_seqlens=cu_seqlens,
+        )
         if tail is not None:
             after["conv"] = tail
-        e = self._erase(i.k, scalars.beta)
-        if self.observer is not None:
-            self.observer(*perceive_transition(i.k, e, scalars.log_decay))
-        inputs = i.q, i.k, e, i.w, scalars.log_decay
-        if split is not None:
-            y, after["fast_weights"], residual = split.perceive(*inputs, cu_seqlens)
-        else:
-            y, after["fast_weights"], residual = perceive(  # type: ignore[misc]
-                *inputs, before.get("fast_weights"), cu_seqlens=cu_seqlens, return_residual=True
+        fast = before.get("fast_weights")
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_residual": True}
+        # Whoever looks at the keys has to see them after the first layer.
+        hidden = split is None and self.observer is None and self.watcher is None
+        if self.first_layer is not None and hidden and self.erase in ("scalar", "none"):
+            beta = self._erase(i.k, scalars.beta)
+            first = self.first_layer, self.first_slope
+            y, after["fast_weights"], residual = perceive_wide(  # type: ignore[misc]
+                i.q, i.k, *first, beta, i.w, scalars.log_decay, fast, eps=self.eps, **options
             )
+        else:
+            i = self._widened(i)
+            e = self._erase(i.k, scalars.beta)
+            inputs = i.q, i.k, e, i.w, scalars.log_decay
+            if self.observer is not None:
+                self.observer(*perceive_transition(i.k, e, scalars.log_decay))
+            if split is not None:
+                y, after["fast_weights"], residual = split.perceive(*inputs, cu_seqlens)
+            else:
+                y, after["fast_weights"], residual = perceive(*inputs, fast, **options)  # type: ignore[misc]
         if self.watcher is not None:
             self.watcher(i.k, i.w, scalars.log_decay, scalars.beta, residual)
         read = None
@@ -320,23 +310,20 @@ class PerceptionMixer(Mixer):
             found = linear_step(low, [up.product(begin[name]) for name, up in ups.items()])
             logits = dict(zip(ups, found, strict=True))
         scalars = self._scalars(x, heads, logits.get("erase"), step=True)
-        if self.first_layer is None:
-            i = head_inputs_step(
-                qkv,
-                self.conv,
-                self.slope,
-                logits.get("write"),
-                self.units_gain if self.block else None,
-                state.get("conv"),
-                state_indices,
-                groups=self.groups,
-                heads=(self.heads_per_group, self.value_width),
-                eps=self.eps,
-            )
-        else:
-            if self.conv is not None:
-                qkv = causal_conv_step(qkv, self.conv, state["conv"], state_indices)
-            i = self._prepare(qkv, logits)
+        i = head_inputs_step(
+            qkv,
+            self.conv,
+            self.slope,
+            logits.get("write"),
+            self.units_gain if self.block else None,
+            state.get("conv"),
+            state_indices,
+            groups=self.groups,
+            heads=(self.heads_per_group, self.value_width),
+            eps=self.eps,
+            normalize=self.first_layer is None,
+        )
+        i = self._widened(i)
         y, residual = perceive_step(
             i.q,
             i.k,

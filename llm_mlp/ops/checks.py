@@ -151,11 +151,11 @@ def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
         inputs = [x.to(dtype) for x in (normal(*rows, V), normal(*rows, V), normal(*rows), normal(B, T, width))]
         return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
 
-    def run(backend: str) -> Callable:
+    def run(backend: str, normalize: bool = True) -> Callable:
         def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, gain: Tensor, *tail: Tensor):
             found, new = head_inputs(
                 x, conv, slope, write, gain, *tail,
-                groups=G, heads=(m, V), eps=1e-6, backend=backend,
+                groups=G, heads=(m, V), eps=1e-6, normalize=normalize, backend=backend,
             )  # fmt: skip
             return [y for y in (*found, new) if y is not None]
 
@@ -163,7 +163,20 @@ def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
 
     inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
     inputs += [normal(B, T, width).to(dtype), 1 + normal(2, R) / 4]
-    return [(run, inputs), (run, [*inputs, normal(B, K - 1, C).to(dtype)])]
+    carried = [*inputs, normal(B, K - 1, C).to(dtype)]
+    return [(run, inputs), (run, carried), (lambda backend: run(backend, False), carried)]
+
+
+def _first_layer_cases(R: int, F: int, dtype: torch.dtype, device: str) -> list[Case]:
+    from llm_mlp.ops.wide import first_layer
+
+    normal, G = _normals(1, device), 2
+    inputs = [normal(300, G, R).to(dtype), (1.5 * normal(G, R, F) / R**0.5).to(dtype), 1 + normal(G, F) / 4]
+
+    def run(backend: str) -> Callable:
+        return lambda z, weight, *slope: [first_layer(z, weight, *(slope or (None,)), eps=1e-6, backend=backend)]
+
+    return [(run, inputs), (run, inputs[:2])]
 
 
 def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[Case]:
@@ -278,15 +291,16 @@ def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
     inputs = [normal(B, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4, normal(B, G * m * V).to(dtype)]
     inputs += [1 + normal(2, R) / 4, normal(N, K - 1, C).to(dtype)]
 
-    def run(rows: list[int] | None) -> Callable:
+    def run(rows: list[int] | None, normalize: bool = True) -> Callable:
         def of(backend: str) -> Callable:
             def call(*x: Tensor) -> Sequence[Tensor]:
                 tails = (x[-1][:B] if rows is None else x[-1]).clone()
                 index = None if rows is None else torch.tensor(rows, device=device)
                 token, conv, slope, write, gain, _ = x
                 found = head_inputs_step(
-                    token, conv, slope, write, gain, tails, index, groups=G, heads=(m, V), eps=1e-6, backend=backend
-                )
+                    token, conv, slope, write, gain, tails, index,
+                    groups=G, heads=(m, V), eps=1e-6, normalize=normalize, backend=backend,
+                )  # fmt: skip
                 real = [b for b in range(B) if rows is None or rows[b] >= 0]
                 return *(y[real] for y in found if y is not None), tails
 
@@ -294,7 +308,7 @@ def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
 
         return of
 
-    return [(run(None), inputs), (run([4, -1, 0]), inputs)]
+    return [(run(None), inputs), (run([4, -1, 0]), inputs), (run(None, False), inputs)]
 
 
 def _linear_step_cases(eight: bool, dtype: torch.dtype, device: str) -> list[Case]:
@@ -409,6 +423,7 @@ _CASES: dict[str, Callable[..., list[Case]]] = {
     "perceive": _perceive_cases,
     "memorise": _memorise_cases,
     "heads": _heads_cases,
+    "first_layer": _first_layer_cases,
     "cross_entropy": _cross_entropy_cases,
     "perceive_step": _perceive_step_cases,
     "memorise_step": _memorise_step_cases,

@@ -22,6 +22,7 @@ CASES = {
     "carried": (3, 2, 1, 16, 2, 16, 4, None, True, ()),
     "bare": (2, 40, 2, 16, 2, 16, 0, None, False, ("slope", "write", "gain")),
     "no-units": (1, 40, 1, 16, 2, 16, 4, None, False, ("gain",)),
+    "as-activated": (1, 40, 1, 16, 2, 16, 4, None, False, ()),
 }
 
 
@@ -52,7 +53,7 @@ def inputs_of(case, seed, dtype):
         if tensors[name] is not None:
             tensors[name] = tensors[name].float()
     tensors.update(dict.fromkeys(off))
-    fixed = {"groups": G, "heads": (m, V), "eps": 1e-6}
+    fixed = {"groups": G, "heads": (m, V), "eps": 1e-6, "normalize": case != "as-activated"}
     return tensors, fixed | {"cu_seqlens": None if cu is None else torch.tensor(cu)}
 
 

@@ -18,6 +18,7 @@ CHECKED = [  # every op with kernels, at small sizes
     ("memorise", (("R", 16), ("width", 32), ("activation", "softmax"), ("dtype", "bfloat16"))),
     ("heads", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
     ("heads", (("R", 0), ("V", 16), ("dtype", "bfloat16"))),
+    ("first_layer", (("R", 16), ("F", 32), ("dtype", "bfloat16"))),
     ("heads_step", (("R", 16), ("V", 16), ("dtype", "bfloat16"))),
     ("gates_step", (("R", 0), ("V", 0), ("dtype", "bfloat16"))),
     ("linear_step", (("eight", False), ("dtype", "bfloat16"))),

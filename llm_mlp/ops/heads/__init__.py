@@ -7,7 +7,6 @@ once and write it once, and keep nothing in between: their backward passes compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,26 +46,25 @@ def activate(x: Tensor, slope: Tensor | None) -> Tensor:
     return (wide * torch.sigmoid(wide if slope is None else wide * slope.to(wide.dtype))).to(x.dtype)
 
 
-def prepare(
+def _prepare(
     x: Tensor,
     slope: Tensor | None,
     write: Tensor | None,
     gain: Tensor | None,
-    first: Callable[[Tensor], Tensor],
     *,
     groups: int,
     heads: tuple[int, int],
     eps: float,
+    normalize: bool,
 ) -> HeadInputs:
-    """From the convolved q, k and v ``[..., C]`` to the ops' inputs; ``first``: the heads' first layer ``[..., R]`` to
-    ``[..., F]``. The rest as `head_inputs`."""
+    """From the convolved q, k and v ``[..., C]`` to the ops' inputs. The rest as `head_inputs`."""
     values = groups * heads[0] * heads[1]
     qk, v = activate(x, slope).split((x.shape[-1] - values, values), -1)
     # q and k are treated alike: as one.
     qk, w = qk.unflatten(-1, (2, groups, -1)), v.unflatten(-1, (groups, *heads))
     if write is not None:
         w = w * (2 * torch.sigmoid(write)).view_as(w)
-    q, k = first(qk).unbind(-3)
+    q, k = (unit(qk) if normalize else qk).unbind(-3)
     units_q = units_k = None
     if gain is not None:
         units_q, units_k = (rms_norm(qk, eps) * gain[:, None].to(qk.dtype)).unbind(-3)
@@ -84,10 +82,11 @@ def head_inputs(
     groups: int,
     heads: tuple[int, int],
     eps: float,
+    normalize: bool = True,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[HeadInputs, Tensor | None]:
-    """The ops' inputs of a layer of narrow heads (F = R; e aside), and the tail of its convolution.
+    """The ops' inputs of a layer (e aside), and the tail of its convolution.
 
     Args:
         x: q and k of G groups and the values ``[B, T, C]``, C = 2 G R + G m V; may be a slice of a wider tensor.
@@ -96,6 +95,7 @@ def head_inputs(
         gain: of the memorised units' reads and keys ``[2, R]``; None: there are none.
         tail: the K - 1 inputs before the first ``[N, K-1, C]``; None is zeros.
         groups: G. heads: (m, V). eps: of the units' norm.
+        normalize: make q and k of unit length, as narrow heads (F = R) have them; not where a first layer follows.
         cu_seqlens: as `perceive`. backend: ``auto | chunked | triton`` (chunked: plain torch).
 
     Returns:
@@ -129,12 +129,12 @@ def head_inputs(
         new = None
         if conv is not None:
             x, new = causal_conv(x, conv, tail, cu_seqlens=cu_seqlens)
-        return prepare(x, slope, write, gain, unit, groups=groups, heads=heads, eps=eps), new
+        return _prepare(x, slope, write, gain, groups=groups, heads=heads, eps=eps, normalize=normalize), new
     from llm_mlp.ops.heads import kernels  # triton is optional
 
     q, k, w, units_q, units_k = kernels.inputs(
         x, conv, slope, write, gain, None if conv is None else tail, bounds,
-        groups=groups, read_width=R, heads=heads, eps=eps,
+        groups=groups, read_width=R, heads=heads, eps=eps, unit=normalize,
     )  # fmt: skip
     new = None if conv is None else last_inputs(x, tail, K - 1, bounds)
     return HeadInputs(q, k, w, *((None, None) if gain is None else (units_q, units_k))), new
@@ -152,6 +152,7 @@ def head_inputs_step(
     groups: int,
     heads: tuple[int, int],
     eps: float,
+    normalize: bool = True,
     backend: str = "auto",
 ) -> HeadInputs:
     """`head_inputs` of one token of each sequence. Not differentiable.
@@ -173,12 +174,13 @@ def head_inputs_step(
             from llm_mlp.ops.heads import kernels  # triton is optional
 
             *found, units_q, units_k = kernels.inputs_step(
-                x, conv, slope, write, gain, tails, state_indices, groups=groups, read_width=R, heads=heads, eps=eps
-            )
+                x, conv, slope, write, gain, tails, state_indices,
+                groups=groups, read_width=R, heads=heads, eps=eps, unit=normalize,
+            )  # fmt: skip
             return HeadInputs(*found, *((None, None) if gain is None else (units_q, units_k)))
         if conv is not None and tails is not None:
             x = causal_conv_step(x, conv, tails, state_indices)
-        return prepare(x, slope, write, gain, unit, groups=groups, heads=heads, eps=eps)
+        return _prepare(x, slope, write, gain, groups=groups, heads=heads, eps=eps, normalize=normalize)
 
 
 def head_outputs(

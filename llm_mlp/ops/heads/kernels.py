@@ -76,7 +76,7 @@ def _inputs(
     q_ptr, k_ptr, w_ptr, read_ptr, key_ptr,
     P, stride, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
-    UNITS: tl.constexpr, CARRIED: tl.constexpr,
+    UNITS: tl.constexpr, UNIT: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     begin = tl.program_id(0).to(tl.int64) * BT
@@ -97,8 +97,8 @@ def _inputs(
         base = begin * (G * R) + (block - G if key else block) * R
         at = i[:, None] * (G * R) + f[None, :]
         squares = tl.sum(a * a, 1)
-        z = narrow(a / tl.maximum(tl.sqrt(squares), TINY)[:, None], q_ptr.dtype.element_ty)
-        tl.store((k_ptr if key else q_ptr) + base + at, z, mask=inside)
+        z = a / tl.maximum(tl.sqrt(squares), TINY)[:, None] if UNIT else a
+        tl.store((k_ptr if key else q_ptr) + base + at, narrow(z, q_ptr.dtype.element_ty), mask=inside)
         if UNITS:
             gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
             unit = a * tl.rsqrt(squares / R + eps)[:, None] * gain[None, :]
@@ -143,7 +143,7 @@ def _inputs_back(
     dx_ptr, dhead_ptr, dwrite_ptr, part_ptr,
     P, stride, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr,
-    UNITS: tl.constexpr, CARRIED: tl.constexpr,
+    UNITS: tl.constexpr, UNIT: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     """One warp walks a run of tokens from the last to the first, so that the convolution's neighbours on both sides and
     the sums over tokens stay in registers: nothing but the norms crosses threads. The K - 1 tokens after the run are
@@ -213,9 +213,10 @@ def _inputs_back(
         a = y * s
         if block < 2 * G:
             squares = tl.sum(a * a, 0)
-            r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
-            z = a * r
-            da = (da - z * tl.sum(da * z, 0)) * r
+            if UNIT:
+                r = 1.0 / tl.maximum(tl.sqrt(squares), TINY)
+                z = a * r
+                da = (da - z * tl.sum(da * z, 0)) * r
             if UNITS:
                 r = tl.rsqrt(squares / R + eps)
                 unit = a * r
@@ -283,7 +284,7 @@ def _inputs_step(
     x_ptr, tail_ptr, conv_ptr, slope_ptr, write_ptr, bias_ptr, gain_ptr, index_ptr, q_ptr, k_ptr, w_ptr, read_ptr,
     key_ptr, stride, low, G, C, width, eps,
     R: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, WRITE: tl.constexpr, UNITS: tl.constexpr,
-    RANK: tl.constexpr, INDEXED: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, RANK: tl.constexpr, INDEXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_inputs` of one token; the tails (a pool) move on in place. Rows without a place in the pool give zeros.
     RANK: ``write`` is the second matrix of the gate's logits, whose first product stands in x from ``low`` on."""
@@ -318,7 +319,7 @@ def _inputs_step(
         key = block >= G
         at = b * (G * R) + (block - G if key else block) * R + f
         squares = tl.sum(a * a, 0)
-        z = a / tl.maximum(tl.sqrt(squares), TINY)
+        z = a / tl.maximum(tl.sqrt(squares), TINY) if UNIT else a
         tl.store((k_ptr if key else q_ptr) + at, narrow(z, q_ptr.dtype.element_ty), mask=c < C)
         if UNITS:
             gain = tl.load(gain_ptr + (R if key else 0) + f).to(tl.float32)
@@ -458,7 +459,7 @@ def _fresh_inputs(x: Tensor, gain: Tensor | None, G: int, R: int, heads: list[in
 def _forward(
     x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None,
     gain: Tensor | None, tail: Tensor | None, bounds: list[int], G: int, R: int, heads: list[int],
-    eps: float,
+    eps: float, unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k ``[P, G, R]``, w ``[P, G, m, V]`` and the units' reads and keys ``[P, G, R]`` (empty without a gain)."""
     out = _fresh_inputs(x, gain, G, R, heads)
@@ -469,13 +470,13 @@ def _forward(
     with way.compiling():
         _inputs[(triton.cdiv(P, launch["BT"]), triton.cdiv(C, R))](
             x, tail, conv, slope, write, gain, since, sequence, *out, P, x.stride(0), G, C, width, eps,
-            R=R, **_constants(conv, slope, write, gain, tail), **launch,
+            R=R, UNIT=unit, **_constants(conv, slope, write, gain, tail), **launch,
         )  # fmt: skip
     return out
 
 
 @_forward.register_fake
-def _(x, conv, slope, write, gain, tail, bounds, G, R, heads, eps):
+def _(x, conv, slope, write, gain, tail, bounds, G, R, heads, eps, unit):
     return _fresh_inputs(x, gain, G, R, heads)
 
 
@@ -483,7 +484,7 @@ def _(x, conv, slope, write, gain, tail, bounds, G, R, heads, eps):
 def _backward(
     x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None,
     gain: Tensor | None, tail: Tensor | None, dq: Tensor, dk: Tensor, dw: Tensor, dread: Tensor,
-    dkey: Tensor, bounds: list[int], R: int, eps: float,
+    dkey: Tensor, bounds: list[int], R: int, eps: float, unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, conv, slope, write, gain and tail (empty where there is none)."""
     (P, C), G, (m, V) = x.shape, dq.shape[1], dw.shape[2:]
@@ -502,7 +503,7 @@ def _backward(
         _inputs_back[(programs, triton.cdiv(C, R))](
             x, tail, conv, slope, write, gain, since, sequence,
             *(aligned(d) for d in (dq, dk, dw, dread, dkey)), dx, dhead, dwrite, part,
-            P, x.stride(0), G, C, width, eps, R=R, **constants, **launch,
+            P, x.stride(0), G, C, width, eps, R=R, UNIT=unit, **constants, **launch,
         )  # fmt: skip
     sums = part.sum(0)
     dtail = x.new_empty(0)
@@ -524,20 +525,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(x, conv, slope, write, gain, tail, dq, dk, dw, dread, dkey, bounds, R, eps):
+def _(x, conv, slope, write, gain, tail, dq, dk, dw, dread, dkey, bounds, R, eps, unit):
     return x.new_empty(x.shape), *_like(x, conv, slope, write, gain, tail)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.bounds, _, ctx.R, _, ctx.eps = inputs
+    *tensors, ctx.bounds, _, ctx.R, _, ctx.eps, ctx.unit = inputs
     ctx.save_for_backward(*tensors)
     ctx.given = [t is not None for t in tensors]
 
 
 def _differentiate(ctx, *gradients):
-    rest = (ctx.bounds, ctx.R, ctx.eps)
+    rest = (ctx.bounds, ctx.R, ctx.eps, ctx.unit)
     found = _backward(*ctx.saved_tensors, *gradients, *rest)
-    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), *(None,) * 5
+    return *(d if given else None for d, given in zip(found, ctx.given, strict=True)), *(None,) * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -556,15 +557,16 @@ def inputs(
     read_width: int,
     heads: tuple[int, int],
     eps: float,
+    unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the ops take, from the projections of a layer of narrow heads.
+    """What the ops take, from the projections of a layer.
 
     Args:
         x: ``[B, T, C]``, q, k ``[G R]`` each and the values; a slice along C of a wider tensor will do.
         conv: taps ``[C, K]``. slope: of the activation ``[C]``. gain: of the units' reads and keys ``[2, R]``.
         write: logits of the gate on what is written ``[B, T, G m V]``.
         tail: the K - 1 inputs before the first ``[N, K-1, C]``; None is zeros. bounds: ends of packed sequences.
-        heads: m and V of a group. eps: of the units' norm.
+        heads: m and V of a group. eps: of the units' norm. unit: whether q and k are made of unit length.
 
     Returns:
         q, k ``[B, T, G, R]``, w ``[B, T, G, m, V]``, and reads and keys of the units ``[B, T, G, R]`` (``[0, ...]``
@@ -581,7 +583,7 @@ def inputs(
         rows = rows.contiguous()
     out = _forward(
         rows, conv, slope, flat(write), gain, None if tail is None else tail.contiguous(), ends,
-        groups, read_width, list(heads), eps,
+        groups, read_width, list(heads), eps, unit,
     )  # fmt: skip
     *rows_of, read, key = out
     shaped = [y.unflatten(0, (B, T)) for y in rows_of]
@@ -591,7 +593,7 @@ def inputs(
 @torch.library.custom_op("llm_mlp::head_inputs_step", mutates_args=("tails",))
 def _step(
     x: Tensor, conv: Tensor | None, slope: Tensor | None, write: Tensor | None, gain: Tensor | None,
-    tails: Tensor | None, indices: Tensor | None, G: int, R: int, heads: list[int], eps: float,
+    tails: Tensor | None, indices: Tensor | None, G: int, R: int, heads: list[int], eps: float, unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out = _fresh_inputs(x, gain, G, R, heads)
     B, C = x.shape
@@ -601,14 +603,14 @@ def _step(
     with way.compiling():
         _inputs_step[(B, triton.cdiv(C, R))](
             x, tails, conv, slope, write, None, gain, indices, *out, x.stride(0), 0, G, C, out[2][0].numel(), eps,
-            R=R, **constants, RANK=0, INDEXED=indices is not None, **overlap(x, B),
+            R=R, UNIT=unit, **constants, RANK=0, INDEXED=indices is not None, **overlap(x, B),
             **way.of(candidates())["_inputs_step"],
         )  # fmt: skip
     return out
 
 
 @_step.register_fake
-def _(x, conv, slope, write, gain, tails, indices, G, R, heads, eps):
+def _(x, conv, slope, write, gain, tails, indices, G, R, heads, eps, unit):
     return _fresh_inputs(x, gain, G, R, heads)
 
 
@@ -625,12 +627,13 @@ def inputs_step(
     read_width: int,
     heads: tuple[int, int],
     eps: float,
+    unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`inputs` of one token of each sequence: x ``[B, C]``; ``tails [N, K-1, C]``, contiguous, change in place."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     write = None if write is None else aligned(write)
-    return _step(x, conv, slope, write, gain, tails, indices, groups, read_width, list(heads), eps)
+    return _step(x, conv, slope, write, gain, tails, indices, groups, read_width, list(heads), eps, unit)
 
 
 @torch.library.custom_op("llm_mlp::gates_step", mutates_args=())

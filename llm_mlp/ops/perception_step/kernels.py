@@ -122,7 +122,7 @@ def _run(
     with way.compiling():
         _inputs_step[(B, triton.cdiv(C, R))](
             x, tails, conv, slope, write, write_bias, gain, indices, q, k, w, read, key, x.stride(0), begins[0], G, C,
-            G * width, eps, R=R, K=K, SLOPE=slope is not None, WRITE=True, UNITS=True, **common,
+            G * width, eps, R=R, K=K, SLOPE=slope is not None, WRITE=True, UNITS=True, UNIT=True, **common,
             **launch["_inputs_step"],
         )  # fmt: skip
         _states[(B, G, tile.parts + parts)](
