@@ -100,35 +100,44 @@ class Cuts:
             return
         found = [v for name, p in model.named_parameters() if p.grad is not None for v in self._shared(name, p.grad)]
         if found:
-            flat = torch.cat([v.flatten() for v in found])
-            dist.all_reduce(flat, group=self.group)
-            torch._foreach_copy_(found, [f.view_as(v) for f, v in zip(flat.split([v.numel() for v in found]), found)])
+            sums = self._sum(found).split([v.numel() for v in found])
+            torch._foreach_copy_(found, [s.view_as(v) for s, v in zip(sums, found, strict=True)])
+
+    def _sum(self, pieces: list[Tensor]) -> Tensor:
+        """The sum of the group's pieces, one behind the other."""
+        flat = torch.cat([v.flatten() for v in pieces])
+        dist.all_reduce(flat, group=self.group)
+        return flat
 
     def clip(self, model: LM, limit: float, world: World) -> float:
         """Scale the gradients down to a norm of ``limit`` if theirs, over all stages, is above; the norm they had."""
         if not self and world.config.pipeline == 1:
             return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = math.sqrt(world.over_stages(self.squared_norm(gradients)))
+        norm = math.sqrt(world.over_stages(float(self.squared_norm(gradients))))
         factor = limit / (norm + 1e-6)  # as torch's own; what is not a number makes all gradients so
         if not factor >= 1:
             torch._foreach_mul_(_local(gradients.values()), factor)
         return norm
 
     @torch.no_grad()
-    def squared_norm(self, tensors: Mapping[str, Tensor]) -> float:
-        """Sum of the squares of all numbers of tensors that belong to parameters; those that all hold count once."""
+    def squared_norm(self, tensors: Mapping[str, Tensor], *, summed: bool = True) -> Tensor:
+        """Sum of the squares of all numbers of tensors that belong to parameters (float64); those that all hold count
+        once. ``summed``: gradients are as `sum_shared` leaves them, not as it finds them."""
         if not self:
             return squared_norm(list(tensors.values()))
-        once = [v for name, t in tensors.items() for v in self._alike(name, t)]
+        parts = [v for name, t in tensors.items() for v in self._shared(name, t)] if not summed else []
+        once = [v for name, t in tensors.items() if summed or name not in self.table for v in self._alike(name, t)]
         total = _squares(_local(tensors.values()))
         if once:
             total -= (1 - 1 / self.size) * _squares(once)
+        if parts:
+            total += self._sum(parts).double().square().sum() / self.size - _squares(parts)
         sharded = next((t for t in tensors.values() if isinstance(t, DTensor)), None)
         if sharded is not None:
             dist.all_reduce(total, group=sharded.device_mesh.get_group("shard"))
         dist.all_reduce(total, group=self.group)
-        return float(total)
+        return total
 
     def _alike(self, name: str, t: Tensor) -> Iterator[Tensor]:
         """Views of what all processes of the group hold of ``t`` (of its shard here)."""

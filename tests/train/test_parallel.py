@@ -236,6 +236,72 @@ def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
             assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
 
 
+# -- the noise of gradients ----------------------------------------------------------------------------------------
+
+PARTS = ["micro_batch=2"]
+NOISE = {  # those of one reader against one process, the others against as many readers that share nothing else
+    "tensor": ((1, PARTS), TENSOR["tensor in parts"]),
+    "tensor and data": (LAYOUTS["ddp in parts"], TENSOR["tensor and data in parts"]),
+    "tensor and zero-2": (LAYOUTS["zero-2 in parts"], TENSOR["tensor and zero-2 in parts"]),
+    "context": ((1, PARTS), (2, ["parallel.context=2", *PARTS])),
+    "context and data": (LAYOUTS["ddp in parts"], LAYOUTS["context and data"]),
+    "context and zero-3": ((1, PARTS), (2, ["parallel.context=2", "parallel.data=fsdp", *PARTS])),
+    "tensor and context": ((1, PARTS), (4, ["parallel.tensor=2", "parallel.context=2", *PARTS])),
+    "pipeline": ((1, PARTS), LAYOUTS["pipeline"]),
+    "pipeline and data": ((2, ["micro_batch=1"]), LAYOUTS["pipeline and data"]),
+    "pipeline and zero-2": (
+        (2, ["micro_batch=1", "parallel.data=fsdp", "parallel.zero=2"]),
+        (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=full"]),
+    ),
+    "interleaved and zero-3": (
+        (2, ["micro_batch=1", "parallel.data=fsdp"]),
+        (4, [*INTERLEAVED, "micro_batch=1", "parallel.data=fsdp"]),
+    ),
+    "tensor and pipeline": ((1, PARTS), TENSOR["tensor and pipeline"]),
+}
+
+
+def noise_of(folder: Path, name: str) -> dict:
+    return json.loads((checkpoints(folder / name)[-1] / "training.json").read_text())["controllers"]["batch_noise"]
+
+
+@pytest.mark.parametrize("layout", NOISE)
+def test_gradient_noise_is_that_of_as_many_readers(tmp_path, layout):
+    (few, apart), (size, overrides) = NOISE[layout]
+    common = (*EXACT, *WIDE, "model.n_layers=4", "steps=6", "optimizer.name=adamw")
+    start = started(tmp_path, common)
+    for out, count, more in (("few", few, apart), ("many", size, overrides)):
+        if count == 1:
+            run(tmp_path, *common, *more, out=out, init_from=start)
+        else:
+            many(tmp_path, count, *common, *more, out=out, init_from=start)
+    assert_same(tmp_path, "few", "many", 1e-9)
+    expected, found = noise_of(tmp_path, "few"), noise_of(tmp_path, "many")
+    assert found["count"] == expected["count"] == 6 and found["noise"] != 0
+    for name in ("signal", "noise"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        (LAYOUTS["zero-1 in parts"], "parallel.zero = 1 gives no part's gradients away before the last"),
+        (LAYOUTS["zero-3"], "in a single part; set a smaller micro_batch"),
+        (LAYOUTS["context"], "in a single part; set a smaller micro_batch"),
+        (TENSOR["tensor and data"], "in a single part; set a smaller micro_batch"),
+    ],
+)
+def test_noise_that_cannot_be_measured_is_unavailable_and_no_ramp(tmp_path, layout, says):
+    size, overrides = layout
+    common = (*EXACT, "steps=2")
+    tiny(tmp_path)
+    many(tmp_path, size, *common, *overrides)
+    assert noise_of(tmp_path, "run")["count"] == 0
+    assert [line["noise_scale"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [None] * 2
+    found = outcomes(size, misfit, str(tmp_path), (*common, *overrides, "control.batch=ramp", f"out={tmp_path}/ramp"))
+    assert all(not well and "ramp cannot measure the gradient noise: " in said and says in said for well, said in found)
+
+
 def held_by_all(folder: str, overrides: tuple[str, ...]) -> dict[str, bytes]:
     """Weights that every process of a tensor group holds, after a run."""
     from llm_mlp.train.loop import _Run
@@ -653,6 +719,19 @@ def test_a_ramp_is_repeated_as_recorded_with_another_number_of_processes(tmp_pat
         assert a == pytest.approx(b, rel=1e-9)
 
 
+@pytest.mark.parametrize("layout", ["tensor in parts", "pipeline", "interleaved"])
+def test_a_ramp_in_parts_of_layers_and_in_stages(tmp_path, layout):
+    size, overrides = {**TENSOR, **LAYOUTS}[layout]
+    common = (*EXACT, *WIDE, *FOUR, "steps=8", "control.batch=ramp")
+    start = started(tmp_path, common)
+    whole = together(2, ramped, str(tmp_path), common, {"out": "whole", "init_from": start}, True)[0]
+    options = {"out": "many", "init_from": start}
+    found = together(size, ramped, str(tmp_path), (*common, *overrides), options, True)[0]
+    assert len(found["curve"]) == 6
+    for (_, a), (_, b) in zip(found["curve"], whole["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
 def misfit(folder: str, overrides: tuple[str, ...]) -> None:
     run(Path(folder), *overrides)
 
@@ -672,6 +751,11 @@ def misfit(folder: str, overrides: tuple[str, ...]) -> None:
             "parallel.pipeline = 2 needs as many micro-batches",
         ),
         (2, [*INTERLEAVED, *FOUR, "micro_batch=1", "batch_size=5"], "cannot deal 5 micro-batches to parallel.pipeline"),
+        (
+            2,
+            [*INTERLEAVED, *FOUR, "micro_batch=1", "batch_size=3", "control.batch=ramp"],
+            "needs micro-batches in multiples of parallel.pipeline = 2, but micro_batch = 1 makes 3",
+        ),
         (3, ["parallel.pipeline=2", "micro_batch=1"], "parallel.pipeline = 2 does not divide the 3 processes"),
         (4, ["parallel.context=4", "data.seq_len=8"], "shorter than the convolution's past"),
     ],
