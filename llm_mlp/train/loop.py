@@ -223,7 +223,7 @@ class _Run:
         if config.precision == "fp64":
             self.model.double()
         if init_from:
-            load_weights(self.model, resolve(init_from) / "model.safetensors")
+            load_weights(self.model, resolve(init_from))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if staged:
             cut(self.model, world)
@@ -576,7 +576,7 @@ class _Run:
             self.parts,
             self.dataset.tokenizer,
             progress,
-            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1,
+            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1 or bool(self.cuts),
             best=self._best,
         )
         self._best = False

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models import LM
@@ -62,12 +62,15 @@ class Cut:
 class Cuts:
     """Which part of a model's parameters, and of what belongs to them, this process of its tensor group holds.
 
-    Without tensor parallelism every parameter is whole (it may still be sharded by ``fully_shard``).
+    Without tensor parallelism every parameter is whole (it may still be sharded by ``fully_shard``). ``mesh``: the
+    tensor group; ``stage``: all processes of this one's pipeline stage, as CPUs.
     """
 
-    def __init__(self, table: Mapping[str, Cut] | None = None, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, table: Mapping[str, Cut] | None = None, mesh: DeviceMesh | None = None, stage: DeviceMesh | None = None
+    ) -> None:
         self.table = dict(table or {})
-        self.group = None if mesh is None else mesh.get_group()
+        self.group, self.stage = None if mesh is None else mesh.get_group(), stage
         self.size, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
 
     def __bool__(self) -> bool:
@@ -90,6 +93,21 @@ class Cuts:
         """The inverse of `whole`: what this process holds of a full value, sharded as ``pattern`` is."""
         cut = self.table.get(name)
         return like(value if cut is None or not value.ndim else cut.take(value, self.rank), pattern)
+
+    def rows(self, name: str, t: Tensor) -> Tensor:
+        """What of parameter ``name`` (or of a state that belongs to it) this process stores: rows of the whole, in main
+        memory, shared out among all processes of the stage (which must all ask); what is not cut as it is."""
+        cut = self.table.get(name)
+        if cut is None or cut.shared or not t.ndim:
+            return t
+        assert self.stage is not None
+        full = self.whole(name, t)
+        share = -(-len(full) // self.stage.size())
+        begin = share * self.stage.get_local_rank()
+        own = full[begin : begin + share].to("cpu", copy=True)
+        return DTensor.from_local(
+            own, self.stage, [Shard(0)], run_check=False, shape=full.shape, stride=full.contiguous().stride()
+        )
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
@@ -207,7 +225,8 @@ def share_out(model: LM, world: World) -> Cuts:
             setattr(block, kind, own)
             _join(own, mesh)
             table |= {f"blocks.{i}.{kind}.{name}": c for name, c in cuts.items()}
-    return Cuts(table, mesh)
+    shape = (world.config.pipeline, world.size // world.config.pipeline)
+    return Cuts(table, mesh, init_device_mesh("cpu", shape, mesh_dim_names=("pipeline", "stage"))["stage"])
 
 
 def _cuts(full: nn.Module, part: nn.Module) -> dict[str, Cut]:

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcomes, together
+from safetensors import safe_open
+from safetensors.torch import save_file
 from train_cases import LARGER, records, run, tiny
 
-from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
+from llm_mlp.checkpoint import CheckpointError, load_model, read_shards, read_tensors, save_model, shards_in
 from llm_mlp.models import build_model
 from llm_mlp.train.compress import Communication
 from llm_mlp.train.console import read_lines, read_metrics
@@ -226,14 +228,42 @@ def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
     run(tmp_path, *common, out="many", resume=True)
     for kind in ("model", "model-ema", "model-mean"):
         assert_same(tmp_path, "one", "many", 1e-9, kind)
-    for step in (4, 8, 10):
-        whole, joined = (
-            {**read_tensors(folder / "model.safetensors"), **read_tensors(folder / "training.safetensors")}
-            for folder in (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
-        )
-        assert whole.keys() == joined.keys()
-        for name, t in whole.items():
-            assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
+    for step in (4, 6, 8, 10):
+        one, several = (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
+        weights = {f"model/{name}": t for name, t in read_tensors(one / "model.safetensors").items()}
+        expected = weights | read_tensors(one / "training.safetensors")
+        assert not (several / "model.safetensors").exists() and shards_in(several / "shards").keys() == expected.keys()
+        found = {name: torch.full_like(t, math.nan) for name, t in expected.items()}
+        read_shards(several / "shards", found, together=False)
+        model = load_model(several)[0].double().state_dict()
+        for name, t in expected.items():
+            assert (found[name] - t).norm() <= 1e-9 * t.norm(), name
+        for name, t in weights.items():
+            assert (model[name.removeprefix("model/")] - t).norm() <= 1e-6 * t.norm(), name
+
+
+@pytest.mark.parametrize("layout", ["tensor", "tensor and data", "tensor and zero-3", "tensor and pipeline"])
+def test_every_process_stores_a_share_of_layers_in_parts(tmp_path, layout):
+    """No file holds a whole matrix, each number is written once; the same processes go on, others from its weights."""
+    size, overrides = TENSOR[layout]
+    common = (*EXACT, *WIDE, "steps=6", "optimizer.name=adamw", "average.ema=0.9")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start, stop_after=3)
+    folder = checkpoints(tmp_path / "many")[-1]
+    files = sorted((folder / "shards").glob("*.safetensors"))
+    sizes = [sum(t.nbytes for t in read_tensors(path).values()) for path in files]
+    whole = shards_in(folder / "shards")
+    assert len(files) == size
+    assert sum(sizes) == sum(size.numel() * dtype.itemsize for size, dtype in whole.values())
+    for path in files:
+        held = {name: t for name, t in read_tensors(path).items() if "mixer.in_proj" in name and t.ndim}
+        assert held and all(len(t) < whole[name][0][0] for name, t in held.items())
+    many(tmp_path, size, *common, *overrides, out="many", resume=True)
+    assert_same(tmp_path, "one", "many", 1e-9)
+    run(tmp_path, *common, "optimizer.lr=1e-30", "steps=1", out="other", init_from=folder)
+    model, own = (load_model(path)[0].state_dict() for path in (tmp_path / "other", folder))
+    assert all(torch.equal(model[name], t) for name, t in own.items())
 
 
 # -- the noise of gradients ----------------------------------------------------------------------------------------
@@ -677,11 +707,26 @@ def test_damaged_shards_are_named(tmp_path, damage):
     elif damage == "missing":
         path.unlink()
     else:
-        from safetensors.torch import save_file
-
         save_file({"model/nothing": torch.zeros(2)}, path.with_name("other.safetensors"))
     with pytest.raises(CheckpointError, match="shards: (tensor .* is (missing|foreign)|truncated)"):
         run(tmp_path, *common, resume=True)
+
+
+def test_shards_without_some_rows_are_refused(tmp_path):
+    """Every name is there, so torch would read what is left and leave the rest as it was."""
+    common = (*EXACT, "steps=2", "parallel.data=fsdp")
+    many(tmp_path, 4, *common, stop_after=1)
+    folder = tmp_path / "run/checkpoints/step-0000001"
+    path = sorted((folder / "shards").glob("*.safetensors"))[1]
+    with safe_open(path, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if name != "model/head.weight"}  # noqa: SIM118
+        facts = file.metadata()
+    save_file(kept, path, metadata=facts)
+    says = "shards: tensor 'model/head.weight' is missing some of its rows"
+    with pytest.raises(CheckpointError, match=says):
+        run(tmp_path, *common, resume=True)
+    with pytest.raises(CheckpointError, match=says):
+        load_model(folder)
 
 
 def test_streams_go_on_with_another_number_of_processes(tmp_path):
