@@ -547,6 +547,15 @@ def test_compressed_gradients(tmp_path):
     assert last["rank 8"] == pytest.approx(last["none"], rel=0.01)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("fp32", 1e-12, 1e-5), ("bf16", 1e-5, 0.02)])
+def test_sharded_gradients_are_summed_in_reduce_dtype(tmp_path, dtype, least, most):
+    common = (*EXACT, "optimizer.name=adamw", "parallel.data=fsdp")
+    start = started(tmp_path, common)
+    whole = many(tmp_path, 2, *common, out="whole", init_from=start)["curve"]
+    found = many(tmp_path, 2, *common, f"parallel.reduce_dtype={dtype}", init_from=start)["curve"]
+    assert least < max(abs(a / b - 1) for (_, a), (_, b) in zip(found, whole, strict=True)) < most
+
+
 def sent(folder: str, overrides: tuple[str, ...], options: dict) -> list[float]:
     """Bytes on the wire over those of the gradients, after each step."""
     seen = []
