@@ -580,6 +580,14 @@ def test_powersgd_begins_with_the_third_step(tmp_path):
     assert each[0] == each[1] > 3 * each[2] and each[2] == each[3]
 
 
+def test_powersgd_says_that_another_number_of_processes_starts_with_empty_buffers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    common = ("steps=2", "parallel.compress=powersgd")
+    many(tmp_path, 2, *common, stop_after=1)
+    run(tmp_path, *common, resume=True)
+    assert "PowerSGD starts with empty error buffers: they belonged to 2 processes" in caplog.text
+
+
 def test_collectives_are_few(tmp_path):
     """What the loop itself asks for: two exchanges a step, few more for a checkpoint and an evaluation."""
     short, long = (many(tmp_path, 2, f"steps={n}", "checkpoint.every=0", out=str(n))["collectives"] for n in (5, 15))
