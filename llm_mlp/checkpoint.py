@@ -1,16 +1,22 @@
 """A checkpoint is a folder: config.json, tokenizer.json, model.safetensors. Nothing is pickled.
 
+What many processes train has its weights in ``shards/`` instead of model.safetensors: safetensors files too, each with
+some rows of each tensor, as torch's distributed checkpointing lays them out.
+
 Folders are written under a temporary name and renamed when complete: a full disk or a killed process leaves the
 previous checkpoint as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from llm_mlp.weights import WEIGHTS, activations, hold
 log = logging.getLogger("llm_mlp.checkpoint")
 
 FORMAT_VERSION = 1
+SHARDS = "shards"
 
 
 class CheckpointError(ValueError):
@@ -101,6 +108,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
+def shards_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of the tensors that ``folder`` holds all shards of, by name.
+
+    Raises:
+        CheckpointError: missing, truncated, not safetensors, or without some of a tensor's rows.
+    """
+    import torch.distributed.checkpoint as dcp  # here: it takes half as long as torch, and few checkpoints need it
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: missing; {folder.parent} is not a complete checkpoint")
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: truncated or not safetensors files ({error})") from None
+    found = {}
+    for name, tensor in stored.items():
+        assert isinstance(tensor, dcp.metadata.TensorStorageMetadata)
+        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
+            raise CheckpointError(f"{folder}: tensor {name!r} is missing some of its rows; a file was lost")
+        found[name] = tensor.size, tensor.properties.dtype
+    return found
+
+
+def read_shards(folder: Path, into: dict[str, Tensor], *, together: bool) -> None:
+    """Fill tensors, which may be sharded over processes, from the shards of that name; ``together``: by all at once.
+
+    Raises:
+        CheckpointError: as `shards_in`, or another shape.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+            warnings.filterwarnings("ignore", message="Detected mismatched keys")  # of stages: as they should be
+            dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=not together)
+    except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(f"{folder}: cannot be read ({last[:300]})") from None
+
+
 def write_model(
     folder: Path,
     model: LM,
@@ -163,40 +211,52 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(str(error)) from None
 
 
+@contextlib.contextmanager
+def _weights(folder: Path) -> Iterator[tuple[Path, set[str], Callable[[str], Tensor]]]:
+    """Where a checkpoint's weights are, their names, and what reads one of them, whole."""
+    path = folder / "model.safetensors"
+    if (folder / SHARDS).is_dir():
+        path = folder / SHARDS
+        shapes = {name: t for name, t in shards_in(path).items() if name.startswith("model/")}
+        found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
+        read_shards(path, found, together=False)
+        yield path, {name.removeprefix("model/") for name in found}, lambda name: found[f"model/{name}"]
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {folder} is not a complete checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield path, set(file.keys()), file.get_tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
 def load_weights(
     model: LM,
-    path: Path,
+    folder: Path,
     into: Callable[[str, Tensor, Tensor], Tensor] | None = None,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Fill ``model`` from a safetensors file; every tensor must be there, none else, each of the right shape.
+    """Fill ``model`` from a checkpoint folder; every tensor must be there, none else, each of the right shape.
 
     ``into(name, stored, own)``: what of a stored tensor the model's own takes, where that is a part of it.
     ``elsewhere``: names of tensors that other processes hold.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
     own = model.state_dict()
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LM(model.config).state_dict().items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if missing := sorted(own.keys() - names):
-                raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-            if foreign := sorted(names - own.keys() - set(elsewhere)):
-                raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
-            for name, tensor in own.items():
-                stored = file.get_tensor(name)
-                if stored.shape != shapes[name]:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the config says "
-                        f"{tuple(shapes[name])}"
-                    )
-                with torch.no_grad():
-                    tensor.copy_(stored if into is None else into(name, stored.to(tensor.device), tensor))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+    with _weights(folder) as (path, names, read), torch.no_grad():
+        if missing := sorted(own.keys() - names):
+            raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+        if foreign := sorted(names - own.keys() - set(elsewhere)):
+            raise CheckpointError(f"{path}: tensor {foreign[0]!r} does not belong to this model ({len(foreign)})")
+        for name, tensor in own.items():
+            stored = read(name)
+            if stored.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the config says {tuple(shapes[name])}"
+                )
+            tensor.copy_(stored if into is None else into(name, stored.to(tensor.device), tensor))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -235,7 +295,7 @@ def load_model(
     with torch.device("meta"):
         model = LM(read_config(folder))
     model = model.to_empty(device="cpu")
-    load_weights(model, folder / "model.safetensors")
+    load_weights(model, folder)
     tokenizer = load_tokenizer(folder)
     model = model.to(device=device, dtype=activations(weights)).eval()
     if state.startswith("bf16") and torch.device(device).type == "cpu":

@@ -449,8 +449,6 @@ class TrainConfig(Config):
             raise ValueError("parallel.tensor > 1 does not carry streams' states; set data.packing = joined or reset")
         if tensor > 1 and self.precision == "fp16":
             raise ValueError("precision = fp16 has a loss scale that parts of a layer do not share; set bf16")
-        if tensor > 1 and self.control.batch == "ramp":
-            raise ValueError("control.batch = ramp cannot measure the gradient noise with parallel.tensor > 1; set off")
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()
@@ -516,7 +514,6 @@ class TrainConfig(Config):
             (self.cuda_graph, "cuda_graph = true"),
             (self.precision == "fp16", "precision = fp16 (its loss scale is not shared by stages; set bf16)"),
             (self.micro_batch in (0, "auto"), f"micro_batch = {self.micro_batch}; give a number of sequences"),
-            (self.control.batch == "ramp", "control.batch = ramp (the gradients of a part are not measured)"),
         ):
             if refused:
                 raise ValueError(f"parallel.pipeline > 1 cannot be combined with {what}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from llm_mlp.cli import app
 from llm_mlp.config import ModelConfig, TrainConfig, build, load
@@ -64,6 +65,19 @@ def test_examples_run(path):
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_cluster_examples_are_well_formed():
+    """Their shell scripts are bash, and start training with options that there are."""
+    service, job = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text(encoding="utf8"))
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    options = {name for p in typer.main.get_command(app).commands["train"].params for name in p.opts}
+    for script in ((ROOT / "examples/slurm.sh").read_text(encoding="utf8"), container["args"][0]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        arguments = script[script.index("-m llm_mlp train") :]
+        used = re.findall(r"RESUME=\((--\S+)\)", script) + re.findall(r"(?<=\s)--\w\S*", arguments)
+        assert set(used) == {"--resume", "--out"} and set(used) <= options
 
 
 def test_the_table_of_the_study_is_its_results():

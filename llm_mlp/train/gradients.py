@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from llm_mlp.checkpoint import CheckpointError
 from llm_mlp.config import TrainConfig
@@ -18,9 +19,10 @@ from llm_mlp.models.capture import CapturedGradients
 from llm_mlp.precision import Precision
 from llm_mlp.train.context import SplitSequence
 from llm_mlp.train.control import Action
-from llm_mlp.train.parallel import Wrapped, squared_norm
+from llm_mlp.train.parallel import Wrapped
 from llm_mlp.train.pipeline import Part, Pipeline
 from llm_mlp.train.snapshot import Progress
+from llm_mlp.train.tensor import Cuts
 
 log = logging.getLogger("llm_mlp.train")
 
@@ -46,6 +48,7 @@ class Gradients:
         self,
         config: TrainConfig,
         wrapped: Wrapped,
+        cuts: Cuts,
         loader: Loader,
         precision: Precision,
         progress: Progress,
@@ -54,6 +57,7 @@ class Gradients:
         self.config, self.wrapped, self.world, self.loader = config, wrapped, wrapped.world, loader
         self.model, self.device = wrapped.model, wrapped.world.device
         self.precision, self.progress, self.act, self.run = precision, progress, act, Path(config.out)
+        self.cuts = cuts
         group = self.world.context_group
         self.split = None if group is None else SplitSequence(group)
         # Made with the first batch, when the model is where it stays.
@@ -99,16 +103,20 @@ class Gradients:
         scale = world.copies / max(1, counted)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         carried: Carried = []
+        measure = self.config.control.batch != "off" and self.unmeasured(len(batches)) is None
+        per = sum(len(b.sample_ids) for b in batches)
         if isinstance(wrapped, Pipeline):
             parts = [Part(batch, self._carried_in(batch)) for batch in batches]
             try:
-                sums[0] = wrapped.gradients(parts, scale) / scale
+                loss, squares = wrapped.gradients(parts, scale, self._squares if measure else None)
             except torch.OutOfMemoryError as error:
                 raise self._does_not_fit(error, step, len(batches[0].sample_ids)) from error
+            sums[0] = loss / scale
+            if squares is not None:
+                sums[1:] += self._mean(squares, batches[0], counted, per)
             for part in parts:
                 self._carry_out(part.batch, part.after, carried)
             return sums, carried
-        measure = self.config.control.batch != "off" and world.config.context == world.config.tensor == 1
         wrapped.communication.measure = measure and len(batches) == 1
         for n, batch in enumerate(batches):
             last = n == len(batches) - 1
@@ -121,30 +129,50 @@ class Gradients:
                 if self._captured is not None or (world.size > 1 and (last or together)):
                     raise self._does_not_fit(error, step, len(batch.sample_ids)) from error
                 raise _OutOfMemory(str(error).splitlines()[0]) from None
-            if measure and n == 0 and not last and not (wrapped.sharded and world.config.zero == 1):
-                sums[1:] += self._measured(batch, counted, sum(len(b.sample_ids) for b in batches))
-        squares = wrapped.communication.own_squares()
-        if squares is not None:
-            sums[1:] += self._squares(squares, batches[0], counted)
+            if measure and n == 0 and not last:
+                sums[1:] += self._mean(self._squares(self.model.named_parameters()), batch, counted, per)
+        own = wrapped.communication.own_squares()
+        if own is not None:
+            sums[1:] += self._mean(own, batches[0], counted, per)
         return sums, carried
 
-    def _measured(self, batch: Batch, counted: int, per: int) -> Tensor:
-        """[squared norm of the part's mean gradient, 1, its samples], from gradients that hold this part alone."""
-        squares = squared_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not self.wrapped.sharded:
-            return self._squares(torch.tensor(squares, device=self.device), batch, counted)
-        # fully_shard has summed the first parts of all processes.
-        undo = per / (len(batch.sample_ids) * self.precision.scaler.get_scale())
-        together = len(batch.sample_ids) * self.world.data_size
-        return torch.tensor([squares * undo**2, 1.0, together], dtype=torch.float64, device=self.device)
+    # -- the noise of gradients ------------------------------------------------------------------------------------
 
-    def _squares(self, squares: Tensor, batch: Batch, counted: int) -> Tensor:
-        own = _targets(batch)
-        if not own:
+    def unmeasured(self, parts: int) -> str | None:
+        """Why the gradient of a part cannot be held against that of the batch, which has so many; None if it can."""
+        parallel = self.world.config
+        if self.wrapped.sharded and parallel.zero == 1:
+            return "parallel.zero = 1 gives no part's gradients away before the last; take zero = 2 or 3"
+        if parts > 1:
+            return None
+        if self.wrapped.sharded or parallel.context > 1 or parallel.tensor > 1 or self.world.copies == 1:
+            return "a process reads its share of the batch in a single part; set a smaller micro_batch"
+        return None  # DDP: a process's own gradients are seen before they meet the others'
+
+    def _squares(self, named: Iterable[tuple[str, nn.Parameter]]) -> Tensor:
+        """Squared norm of the gradients of a part that parameters have: over all spans of its texts, all parts of
+        layers and all shards. Nothing of them is changed."""
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
+        if self.split is not None and not self.wrapped.sharded:  # fully_shard has summed over the spans
+            flat = torch.cat([g.flatten() for g in gradients.values()])
+            dist.all_reduce(flat, group=self.split.group)
+            sums = flat.split([g.numel() for g in gradients.values()])
+            gradients = {name: s.view_as(g) for s, (name, g) in zip(sums, gradients.items(), strict=True)}
+        return self.cuts.squared_norm(gradients, summed=False)
+
+    def _mean(self, squares: Tensor, batch: Batch, counted: int, per: int) -> Tensor:
+        """[squared norm of a part's mean gradient, 1, its samples] from that of its gradient in this step's sum, for
+        `of`; ``per``: samples of the step that this process reads. Stages add up: all but one count for nothing."""
+        world, own, samples = self.world, _targets(batch), len(batch.sample_ids)
+        if self.wrapped.sharded:  # which has summed the first parts of all readers
+            undo, samples = per / samples, samples * world.data_size
+        elif own:
+            undo = counted / (own * world.copies)
+        else:
             return torch.zeros(3, dtype=torch.float64, device=self.device)
-        undo = counted / (own * self.world.copies * self.precision.scaler.get_scale())
-        rest = squares.new_tensor([1.0, len(batch.sample_ids)], dtype=torch.float64)
-        return torch.cat([squares.double()[None] * undo**2, rest])
+        undo /= self.precision.scaler.get_scale()
+        counts = float(world.pipeline_rank == world.config.pipeline - 1)
+        return torch.cat([squares[None] * undo**2, squares.new_tensor([counts, counts * samples])])
 
     def _gradients(self, batch: Batch, scale: float, carried: Carried) -> Tensor:
         """Adds a micro-batch's gradients; its summed loss times ``scale``."""

@@ -223,7 +223,7 @@ class _Run:
         if config.precision == "fp64":
             self.model.double()
         if init_from:
-            load_weights(self.model, resolve(init_from) / "model.safetensors")
+            load_weights(self.model, resolve(init_from))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if staged:
             cut(self.model, world)
@@ -249,7 +249,9 @@ class _Run:
         self.replay: Replay | None = None
         if resume:
             self._resume(last[-1])
-        self.gradients = Gradients(config, self.wrapped, self.loader, self.precision, self.progress, self._act)
+        self.gradients = Gradients(
+            config, self.wrapped, self.cuts, self.loader, self.precision, self.progress, self._act
+        )
         self.gradients.after_out_of_memory()
         per = world.per_rank(self.progress.batch_size)
         if config.micro_batch != "auto":
@@ -299,6 +301,7 @@ class _Run:
         with self.console as console, _Stop() as stop, checks, Meter(config, self.device, self.world.size) as meter:
             if self.config.micro_batch == "auto" and not progress.micro_batch:
                 self.gradients.find_micro_batch()
+            self._check_noise()
             self.model.train()
             while self.loader.sample < total:
                 started = time.perf_counter()
@@ -328,6 +331,15 @@ class _Run:
             result.joules = meter.joules()
         self._finish()
         return result
+
+    def _check_noise(self) -> None:
+        """Say why the gradient noise will be unavailable, if it will; a ramp, which waits for it, is refused."""
+        per, wanted = self.world.per_rank(self.progress.batch_size), self.config.control.batch
+        why = None if wanted == "off" else self.gradients.unmeasured(-(-per // self.progress.micro_batch))
+        if why and wanted == "ramp":
+            raise ConfigError(f"control.batch = ramp cannot measure the gradient noise: {why}")
+        if why:
+            log.info("gradient noise scale: unavailable (%s)", why)
 
     def _shown(self, m: Metrics, meter: Meter) -> dict[str, float | None]:
         seconds, tokens = self._times[-1]
@@ -410,13 +422,14 @@ class _Run:
         loss, part_squares, parts, part_size, stopping = sums.tolist()
         self.loader.load_state_dict({**self.loader.state_dict(), "sample": first + batch_size})
         tensors = momentum_tensors(self.model, self.optimizers) if config.control.rate_from_gradients else {}
+        momentum_squares = float(self.cuts.squared_norm(tensors)) if tensors else None
         metrics = Metrics(
             step,
             loss / max(1, counted),
             size,
             batch_size,
             warm=place >= warmup_steps(config.schedule, config.steps),
-            momentum_norm=math.sqrt(self.world.over_stages(self.cuts.squared_norm(tensors))) if tensors else None,
+            momentum_norm=None if momentum_squares is None else math.sqrt(self.world.over_stages(momentum_squares)),
             clipped_norm=min(size, limit),
             micro_norm_squared=part_squares / parts if parts else None,
             micro_size=round(part_size / parts) if parts else None,
@@ -563,7 +576,7 @@ class _Run:
             self.parts,
             self.dataset.tokenizer,
             progress,
-            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1,
+            sharded=self.wrapped.sharded or self.config.parallel.pipeline > 1 or bool(self.cuts),
             best=self._best,
         )
         self._best = False

@@ -345,8 +345,8 @@ def like(value: Tensor, pattern: Tensor) -> Tensor:
     return spread.redistribute(placements=pattern.placements)
 
 
-def squared_norm(tensors: list[Tensor]) -> float:
-    """Sum of the squares of all numbers of all tensors; of sharded ones over all shards, by one exchange."""
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Sum of the squares of all numbers of all tensors (float64); of sharded ones over all shards, by one exchange."""
     first = tensors[0]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     norms = torch.stack(list(torch._foreach_norm(local)))
@@ -354,4 +354,4 @@ def squared_norm(tensors: list[Tensor]) -> float:
     if isinstance(first, DTensor):
         mesh = first.device_mesh
         dist.all_reduce(total, group=mesh.get_group("shard"))
-    return float(total)
+    return total

@@ -12,7 +12,7 @@ know nothing of stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,18 @@ def check_parts(config: TrainConfig, per: int) -> None:
             f"parallel.pipeline = {parallel.pipeline} needs as many micro-batches, but micro_batch = "
             f"{config.micro_batch} makes {parts} of the {per} sequences a reader takes; set a smaller micro_batch"
         )
+    if parallel.schedule == "1f1b":
+        return
     rounds = parts // parallel.pipeline
-    if parallel.schedule == "interleaved" and parts % rounds:
+    if parts % rounds:
         raise ConfigError(
             f"parallel.schedule = interleaved cannot deal {parts} micro-batches to parallel.pipeline = "
             f"{parallel.pipeline} in {rounds} equal rounds; choose micro_batch so that it divides them"
+        )
+    if config.control.batch == "ramp" and parts % parallel.pipeline:  # else a multiple of them might not be dealt
+        raise ConfigError(
+            f"parallel.schedule = interleaved with control.batch = ramp needs micro-batches in multiples of "
+            f"parallel.pipeline = {parallel.pipeline}, but micro_batch = {config.micro_batch} makes {parts}"
         )
 
 
@@ -100,6 +107,9 @@ def collected(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     return found
 
 
+Measure = Callable[[Iterable[tuple[str, nn.Parameter]]], Tensor]
+
+
 # -- a stage --------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +139,9 @@ class Stage(nn.Module):
         self.parts: Sequence[Part] = ()
         self.scale = 1.0  # of the loss
         self.gather_last = False  # sharded: exchange gradients with the last part alone
+        self.named: list[tuple[str, nn.Parameter]] = []  # parameters by the model's names, sharded where they are
+        self.measure: Measure | None = None
+        self.measured: Tensor | None = None  # what it says of the first part's gradients
 
     def forward(self, x: Tensor, *earlier: Tensor, number: int | Tensor) -> Tensor | tuple[Tensor, ...]:
         """Part ``number``'s x ``[B, T, D]`` (of the first stage: nothing) and the inputs of the layers before.
@@ -148,6 +161,8 @@ class Stage(nn.Module):
                 x = x.view(1) * self.scale
         if batch.last is not None:
             part.after |= {name: t.detach() for name, t in after.items()}
+        if self.measure is not None and int(number) == 1 and x.requires_grad:
+            x.register_hook(self._measure)  # the first part's backward pass is over, this one's has reached no weight
         if self.gather_last and int(number) == len(self.parts) - 1 and x.requires_grad:
             x.register_hook(self._gather)  # runs before the part's backward pass reaches a weight
         return x if self.last else (x, *inputs)
@@ -158,6 +173,10 @@ class Stage(nn.Module):
     def _gather(self, _: Tensor) -> None:
         assert isinstance(self, FSDPModule)
         self.set_requires_gradient_sync(True)
+
+    def _measure(self, _: Tensor) -> None:
+        assert self.measure is not None
+        self.measured = self.measure(self.named)
 
     def inputs(self, shape: Sequence[int], **options: Any) -> tuple[Tensor, ...]:
         """Empty tensors like those that come in for tokens of ``shape``."""
@@ -233,6 +252,9 @@ class Pipeline(Wrapped):
         self.communication = Communication()
         self.stages = [Stage(model, number, world, precision) for number in own_stages(world)]
         self.modules = [self._wrap(stage) for stage in self.stages]
+        for stage in self.stages:
+            own = {id(p) for p in stage.parameters()}
+            stage.named = [(name, p) for name, p in model.named_parameters() if id(p) in own]
         if self.sharded:
             self.modules = [_Hidden(stage) for stage in self.modules]
         self.call = _Forward(self.stages, world)
@@ -240,14 +262,17 @@ class Pipeline(Wrapped):
         # NCCL wants a group's first exchange to be of all its processes, and the schedules begin with those of two.
         world.over_stages(0.0)
 
-    def gradients(self, parts: Sequence[Part], scale: float) -> Tensor:
+    def gradients(self, parts: Sequence[Part], scale: float, measure: Measure | None) -> tuple[Tensor, Tensor | None]:
         """Adds the gradients of the parts' summed losses times ``scale``, met between the copies.
 
-        Returns those losses' sum on the last stage's processes, 0 on others. The parts' ``after`` is filled in.
+        ``measure`` is given the named parameters of each stage while their gradients are the first part's.
+
+        Returns those losses' sum on the last stage's processes, 0 on others; and the sum of what ``measure`` says of
+        this process's stages. The parts' ``after`` is filled in.
         """
         schedule = self._schedule(len(parts), parts[0].batch.tokens.shape)
         for stage in self.stages:
-            stage.parts, stage.scale = parts, scale
+            stage.parts, stage.scale, stage.measure, stage.measured = parts, scale, measure, None
             if self.sharded:
                 assert isinstance(stage, FSDPModule)
                 stage.gather_last = self.world.config.zero == 1
@@ -263,8 +288,10 @@ class Pipeline(Wrapped):
             raise error.__cause__ from None  # what a stage raises comes wrapped up in the schedule's own error
         finally:
             for stage in self.stages:
-                stage.parts = ()
-        return torch.stack(losses).sum().detach() if last else torch.zeros((), device=self.world.device)
+                stage.parts, stage.measure = (), None
+        loss = torch.stack(losses).sum().detach() if last else torch.zeros((), device=self.world.device)
+        measured = [stage.measured for stage in self.stages if stage.measured is not None]
+        return loss, torch.stack(measured).sum() if measure else None
 
     def _schedule(self, count: int, shape: torch.Size) -> Any:
         """torch's schedule for ``count`` parts of tokens of one shape; what receives activations is kept with it."""

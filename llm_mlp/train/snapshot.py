@@ -2,9 +2,9 @@
 
 A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
 keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config). A run
-whose weights are sharded writes ``shards/`` instead of the two tensor files: safetensors by torch's distributed
-checkpointing, which any number of processes can read. With tensor parallelism parts are joined first, and the main
-process writes whole tensors. Nothing is pickled.
+whose weights are spread over processes writes ``shards/`` instead: safetensors by torch's distributed checkpointing,
+which any number of processes can read. Parts of layers are stored as rows of whole parameters, shared out anew among
+the processes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import json
 import logging
 import re
 import shutil
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_mlp.checkpoint import (
     FORMAT_VERSION,
+    SHARDS,
     CheckpointError,
     load_weights,
     read_json,
+    read_shards,
     read_tensors,
+    shards_in,
     write_folder,
     write_json,
     write_model,
@@ -39,7 +41,7 @@ from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
 from llm_mlp.train.average import Averages
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
-from llm_mlp.train.parallel import World
+from llm_mlp.train.parallel import World, whole
 from llm_mlp.train.pipeline import collected, elsewhere
 from llm_mlp.train.tensor import Cuts
 
@@ -59,7 +61,6 @@ _FREE = (
     "micro_batch",
 )
 _FREE_PREFIXES = ("evaluation.", "checkpoint.", "parallel.")
-SHARDS = "shards"
 
 
 @dataclass
@@ -109,8 +110,7 @@ def save(
     world = parts.world
     folder = run / "checkpoints" / f"step-{progress.step:07d}"
     carried = _gathered(progress.carried, world)
-    sharded = sharded and not parts.cuts
-    state = {} if sharded else _whole_state(parts)
+    state = {} if sharded else _state(parts)
     facts = {
         "format_version": FORMAT_VERSION,
         "step": progress.step,
@@ -201,34 +201,20 @@ def _parameter(key: str) -> str:
     return {"model": name, "optimizer": name.rpartition("/")[0], "average": name.partition("/")[2]}[kind]
 
 
-def _whole_state(parts: Parts) -> dict[str, Tensor]:
-    """`_state` in full, of which the main process gets what others hold, of all stages (all must ask)."""
-    if not parts.cuts:
-        return _state(parts)
-    world, found = parts.world, {}
-    for key, t in _state(parts).items():
-        full = parts.cuts.whole(_parameter(key), t)
-        if world.rank % (world.size // world.config.pipeline) == 0:  # the first process of a stage
-            found[key] = full.cpu()  # one by one: a device need not hold all of them
-    return collected(found, world)
+def _stored(state: dict[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
+    """`_state` as shards hold it (all must ask); one by one: a device need not hold all parameters whole."""
+    return {key: cuts.rows(_parameter(key), t) for key, t in state.items()}
 
 
 def _write_shards(temporary: Path, parts: Parts) -> None:
     """Every process its shards; read back before the folder may get its name."""
     folder = temporary / SHARDS
-    state = _state(parts)
+    state = _stored(_state(parts), parts.cuts)
     known = {name for names in parts.world.gather(sorted(state)) for name in names}  # stages hold different ones
     # Tensors only: one other entry would make the files unreadable.
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    if parts.world.main:
-        found = {key for path in folder.glob("*.safetensors") for key in _keys(path)}
-        if missing := sorted(known - found):
-            raise CheckpointError(f"{folder}: {missing[0]} was not written ({len(missing)} tensors in all)")
-
-
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    if parts.world.main and (missing := sorted(known - shards_in(folder).keys())):
+        raise CheckpointError(f"{folder}: {missing[0]} was not written ({len(missing)} tensors in all)")
 
 
 def _gathered(carried: dict[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -304,7 +290,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         else:
             into = parts.cuts.like
             others = elsewhere(parts.model) if config.parallel.pipeline > 1 else set()
-            load_weights(parts.model, folder / "model.safetensors", into=into, elsewhere=others)
+            load_weights(parts.model, folder, into=into, elsewhere=others)
             own = {name: t for name, t in kinds["optimizer"].items() if name.rpartition("/")[0] not in others}
             load_optimizer_tensors(parts.model, parts.optimizers, own, into=into)
             _load_averages(parts, kinds["average"], average["points"])
@@ -343,37 +329,20 @@ def _load_averages(parts: Parts, tensors: dict[str, Tensor], points: int) -> Non
 def _read_shards(folder: Path, parts: Parts, points: int) -> None:
     """Read by torch's distributed checkpointing, each process its shards under the layout of now."""
     path = folder / SHARDS
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: missing; {folder} is not a complete checkpoint")
-    try:
-        names = {key for file in sorted(path.glob("*.safetensors")) for key in _keys(file)}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not safetensors files ({error})") from None
+    names = shards_in(path).keys()
     empty_state(parts.optimizers)
     parts.averages.expected(points, any(name.startswith("average/ema/") for name in names))
     own = _state(parts)
-    # Parts of layers are taken from whole tensors; shards are read as they are.
-    state = {key: _room(parts.cuts, key, t) for key, t in own.items()}
+    state = _stored(own, parts.cuts)
     known = {name for told in parts.world.gather(sorted(state)) for name in told}  # stages hold different ones
     if missing := sorted(known - names):
         raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
     if foreign := sorted(names - known):
         raise CheckpointError(f"{path}: tensor {foreign[0]!r} is foreign ({len(foreign)} in all)")
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it should be
-            warnings.filterwarnings("ignore", message="Detected mismatched keys")  # of stages: so they should be
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=parts.world.size == 1)
-    except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({_short(error)})") from None
+    read_shards(path, state, together=parts.world.size > 1)
     for key, t in own.items():
-        if state[key] is not t:
-            t.copy_(parts.cuts.like(_parameter(key), state[key].to(t.device), t))
-
-
-def _room(cuts: Cuts, key: str, own: Tensor) -> Tensor:
-    """What a stored tensor is read into: ``own``, or room for the whole that it is a part of."""
-    return torch.empty(cuts.shape(_parameter(key), own), dtype=own.dtype) if cuts and own.ndim else own
+        if state[key] is not t:  # a part of a layer: taken from the whole, of which rows were read
+            t.copy_(parts.cuts.like(_parameter(key), whole(state[key]).to(t.device), t))
 
 
 def full_weights(model: LM, cuts: Cuts) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models import LM
@@ -62,12 +62,15 @@ class Cut:
 class Cuts:
     """Which part of a model's parameters, and of what belongs to them, this process of its tensor group holds.
 
-    Without tensor parallelism every parameter is whole (it may still be sharded by ``fully_shard``).
+    Without tensor parallelism every parameter is whole (it may still be sharded by ``fully_shard``). ``mesh``: the
+    tensor group; ``stage``: all processes of this one's pipeline stage, as CPUs.
     """
 
-    def __init__(self, table: Mapping[str, Cut] | None = None, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, table: Mapping[str, Cut] | None = None, mesh: DeviceMesh | None = None, stage: DeviceMesh | None = None
+    ) -> None:
         self.table = dict(table or {})
-        self.group = None if mesh is None else mesh.get_group()
+        self.group, self.stage = None if mesh is None else mesh.get_group(), stage
         self.size, self.rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
 
     def __bool__(self) -> bool:
@@ -91,6 +94,21 @@ class Cuts:
         cut = self.table.get(name)
         return like(value if cut is None or not value.ndim else cut.take(value, self.rank), pattern)
 
+    def rows(self, name: str, t: Tensor) -> Tensor:
+        """What of parameter ``name`` (or of a state that belongs to it) this process stores: rows of the whole, in main
+        memory, shared out among all processes of the stage (which must all ask); what is not cut as it is."""
+        cut = self.table.get(name)
+        if cut is None or cut.shared or not t.ndim:
+            return t
+        assert self.stage is not None
+        full = self.whole(name, t)
+        share = -(-len(full) // self.stage.size())
+        begin = share * self.stage.get_local_rank()
+        own = full[begin : begin + share].to("cpu", copy=True)
+        return DTensor.from_local(
+            own, self.stage, [Shard(0)], run_check=False, shape=full.shape, stride=full.contiguous().stride()
+        )
+
     # -- gradients -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -100,35 +118,44 @@ class Cuts:
             return
         found = [v for name, p in model.named_parameters() if p.grad is not None for v in self._shared(name, p.grad)]
         if found:
-            flat = torch.cat([v.flatten() for v in found])
-            dist.all_reduce(flat, group=self.group)
-            torch._foreach_copy_(found, [f.view_as(v) for f, v in zip(flat.split([v.numel() for v in found]), found)])
+            sums = self._sum(found).split([v.numel() for v in found])
+            torch._foreach_copy_(found, [s.view_as(v) for s, v in zip(sums, found, strict=True)])
+
+    def _sum(self, pieces: list[Tensor]) -> Tensor:
+        """The sum of the group's pieces, one behind the other."""
+        flat = torch.cat([v.flatten() for v in pieces])
+        dist.all_reduce(flat, group=self.group)
+        return flat
 
     def clip(self, model: LM, limit: float, world: World) -> float:
         """Scale the gradients down to a norm of ``limit`` if theirs, over all stages, is above; the norm they had."""
         if not self and world.config.pipeline == 1:
             return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = math.sqrt(world.over_stages(self.squared_norm(gradients)))
+        norm = math.sqrt(world.over_stages(float(self.squared_norm(gradients))))
         factor = limit / (norm + 1e-6)  # as torch's own; what is not a number makes all gradients so
         if not factor >= 1:
             torch._foreach_mul_(_local(gradients.values()), factor)
         return norm
 
     @torch.no_grad()
-    def squared_norm(self, tensors: Mapping[str, Tensor]) -> float:
-        """Sum of the squares of all numbers of tensors that belong to parameters; those that all hold count once."""
+    def squared_norm(self, tensors: Mapping[str, Tensor], *, summed: bool = True) -> Tensor:
+        """Sum of the squares of all numbers of tensors that belong to parameters (float64); those that all hold count
+        once. ``summed``: gradients are as `sum_shared` leaves them, not as it finds them."""
         if not self:
             return squared_norm(list(tensors.values()))
-        once = [v for name, t in tensors.items() for v in self._alike(name, t)]
+        parts = [v for name, t in tensors.items() for v in self._shared(name, t)] if not summed else []
+        once = [v for name, t in tensors.items() if summed or name not in self.table for v in self._alike(name, t)]
         total = _squares(_local(tensors.values()))
         if once:
             total -= (1 - 1 / self.size) * _squares(once)
+        if parts:
+            total += self._sum(parts).double().square().sum() / self.size - _squares(parts)
         sharded = next((t for t in tensors.values() if isinstance(t, DTensor)), None)
         if sharded is not None:
             dist.all_reduce(total, group=sharded.device_mesh.get_group("shard"))
         dist.all_reduce(total, group=self.group)
-        return float(total)
+        return total
 
     def _alike(self, name: str, t: Tensor) -> Iterator[Tensor]:
         """Views of what all processes of the group hold of ``t`` (of its shard here)."""
@@ -198,7 +225,8 @@ def share_out(model: LM, world: World) -> Cuts:
             setattr(block, kind, own)
             _join(own, mesh)
             table |= {f"blocks.{i}.{kind}.{name}": c for name, c in cuts.items()}
-    return Cuts(table, mesh)
+    shape = (world.config.pipeline, world.size // world.config.pipeline)
+    return Cuts(table, mesh, init_device_mesh("cpu", shape, mesh_dim_names=("pipeline", "stage"))["stage"])
 
 
 def _cuts(full: nn.Module, part: nn.Module) -> dict[str, Cut]:

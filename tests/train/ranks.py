@@ -60,7 +60,7 @@ def outcomes(size: int, function: Callable, *args: Any) -> list[tuple[bool, Any]
             end = min(end, time.monotonic() + 30)  # the others may wait for it in vain
     for rank, process in enumerate(processes):
         process.join(1 if waiting else 60)
-        if rank in waiting:
+        if rank not in found:
             found[rank] = (False, f"said nothing; exit code {process.exitcode}")
         process.kill()
     return [found[r] for r in range(size)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from train_cases import run
+from train_cases import records, run, tiny
 
+from llm_mlp.checkpoint import save_model
 from llm_mlp.config import ConfigError, ControlConfig
+from llm_mlp.data import Loader, prepare
+from llm_mlp.models import build_model
 from llm_mlp.train import TrainingError
-from llm_mlp.train.console import read_lines
+from llm_mlp.train.console import read_lines, read_metrics
 from llm_mlp.train.control import BatchNoise, GradientNoise, Guard, LossWatch, Metrics, Replay
 from llm_mlp.train.gradients import Gradients
 from llm_mlp.train.optim import clip_limit, make_optimizers
@@ -207,6 +211,42 @@ def test_actions_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path, m
     assert [line["step"] for line in read_lines(tmp_path / "run/actions.jsonl")] == [a.step for a in whole.actions]
 
 
+@pytest.mark.parametrize("source", ["documents", "records"])
+def test_a_part_is_held_against_the_batch(tmp_path, source):
+    """The estimates of signal and noise after a step, from gradients of mean losses that are made here."""
+    more = records(tmp_path) if source == "records" else ()
+    common = ("precision=fp64", "steps=1", "batch_size=6", *more)
+    config = tiny(tmp_path, *common)
+    model = build_model(config.model).double().randomize_()
+    save_model(tmp_path / "start", model, prepare(config.data).tokenizer)
+    run(tmp_path, *common, "micro_batch=2", init_from=tmp_path / "start")
+    loader = Loader(prepare(config.data), config.data, batch_size=6, steps_hint=1)
+    squares = []
+    for samples in (2, 6):
+        batch = loader.samples(0, samples)
+        loss = model(batch.tokens, cu_seqlens=batch.cu_seqlens, targets=batch.targets).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        squares.append(float(sum(g.square().sum() for g in gradients)))
+    part, whole = squares
+    folder = tmp_path / "run/checkpoints/step-0000001"
+    found = json.loads((folder / "training.json").read_text())["controllers"]["batch_noise"]
+    assert found["signal"] == pytest.approx((6 * whole - 2 * part) / 4, rel=1e-9)
+    assert found["noise"] == pytest.approx((part - whole) / (1 / 2 - 1 / 6), rel=1e-9)
+
+
+@pytest.mark.parametrize("control", ["advice", "ramp"])
+def test_a_batch_in_a_single_part_has_no_noise_to_measure(tmp_path, caplog, control):
+    caplog.set_level("INFO")
+    why = "a process reads its share of the batch in a single part; set a smaller micro_batch"
+    if control == "ramp":
+        with pytest.raises(ConfigError, match=f"control.batch = ramp cannot measure the gradient noise: {why}"):
+            run(tmp_path, "steps=2", "control.batch=ramp")
+    else:
+        run(tmp_path, "steps=2")
+        assert f"gradient noise scale: unavailable ({why})" in caplog.text
+        assert [line["noise_scale"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [None] * 2
+
+
 def scaled_loss(monkeypatch, factors: dict[int, float]) -> None:
     real, seen = Gradients._loss, [0]
 
@@ -241,7 +281,8 @@ def test_the_ramp_changes_the_batch_and_the_schedule_goes_by_samples(tmp_path, m
         return [Action(m.step, "batch_noise", "batch_size", 8, "asked by the test")] if m.step == 3 else []
 
     monkeypatch.setattr(BatchNoise, "observe", observe)
-    result = run(tmp_path, "steps=9", "control.batch=ramp", "control.max_batch=16", "schedule.kind=linear")
+    options = ("steps=9", "micro_batch=2", "control.batch=ramp", "control.max_batch=16", "schedule.kind=linear")
+    result = run(tmp_path, *options)
     assert result.steps == 6 and result.tokens == 9 * 4 * 32
     lines = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if "lr" in line]
     assert [line["batch_size"] for line in lines] == [4, 4, 4, 8, 8, 8]

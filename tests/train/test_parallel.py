@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcomes, together
+from safetensors import safe_open
+from safetensors.torch import save_file
 from train_cases import LARGER, records, run, tiny
 
-from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors, save_model
+from llm_mlp.checkpoint import CheckpointError, load_model, read_shards, read_tensors, save_model, shards_in
 from llm_mlp.models import build_model
 from llm_mlp.train.compress import Communication
 from llm_mlp.train.console import read_lines, read_metrics
@@ -226,14 +228,108 @@ def test_a_run_goes_on_in_other_parts(tmp_path, optimizer):
     run(tmp_path, *common, out="many", resume=True)
     for kind in ("model", "model-ema", "model-mean"):
         assert_same(tmp_path, "one", "many", 1e-9, kind)
-    for step in (4, 8, 10):
-        whole, joined = (
-            {**read_tensors(folder / "model.safetensors"), **read_tensors(folder / "training.safetensors")}
-            for folder in (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
-        )
-        assert whole.keys() == joined.keys()
-        for name, t in whole.items():
-            assert (joined[name] - t).norm() <= 1e-9 * t.norm(), name
+    for step in (4, 6, 8, 10):
+        one, several = (tmp_path / name / f"checkpoints/step-{step:07d}" for name in ("one", "many"))
+        weights = {f"model/{name}": t for name, t in read_tensors(one / "model.safetensors").items()}
+        expected = weights | read_tensors(one / "training.safetensors")
+        assert not (several / "model.safetensors").exists() and shards_in(several / "shards").keys() == expected.keys()
+        found = {name: torch.full_like(t, math.nan) for name, t in expected.items()}
+        read_shards(several / "shards", found, together=False)
+        model = load_model(several)[0].double().state_dict()
+        for name, t in expected.items():
+            assert (found[name] - t).norm() <= 1e-9 * t.norm(), name
+        for name, t in weights.items():
+            assert (model[name.removeprefix("model/")] - t).norm() <= 1e-6 * t.norm(), name
+
+
+@pytest.mark.parametrize("layout", ["tensor", "tensor and data", "tensor and zero-3", "tensor and pipeline"])
+def test_every_process_stores_a_share_of_layers_in_parts(tmp_path, layout):
+    """No file holds a whole matrix, each number is written once; the same processes go on, others from its weights."""
+    size, overrides = TENSOR[layout]
+    common = (*EXACT, *WIDE, "steps=6", "optimizer.name=adamw", "average.ema=0.9")
+    start = started(tmp_path, common)
+    run(tmp_path, *common, out="one", init_from=start)
+    many(tmp_path, size, *common, *overrides, out="many", init_from=start, stop_after=3)
+    folder = checkpoints(tmp_path / "many")[-1]
+    files = sorted((folder / "shards").glob("*.safetensors"))
+    sizes = [sum(t.nbytes for t in read_tensors(path).values()) for path in files]
+    whole = shards_in(folder / "shards")
+    assert len(files) == size
+    assert sum(sizes) == sum(size.numel() * dtype.itemsize for size, dtype in whole.values())
+    for path in files:
+        held = {name: t for name, t in read_tensors(path).items() if "mixer.in_proj" in name and t.ndim}
+        assert held and all(len(t) < whole[name][0][0] for name, t in held.items())
+    many(tmp_path, size, *common, *overrides, out="many", resume=True)
+    assert_same(tmp_path, "one", "many", 1e-9)
+    run(tmp_path, *common, "optimizer.lr=1e-30", "steps=1", out="other", init_from=folder)
+    model, own = (load_model(path)[0].state_dict() for path in (tmp_path / "other", folder))
+    assert all(torch.equal(model[name], t) for name, t in own.items())
+
+
+# -- the noise of gradients ----------------------------------------------------------------------------------------
+
+PARTS = ["micro_batch=2"]
+NOISE = {  # those of one reader against one process, the others against as many readers that share nothing else
+    "tensor": ((1, PARTS), TENSOR["tensor in parts"]),
+    "tensor and data": (LAYOUTS["ddp in parts"], TENSOR["tensor and data in parts"]),
+    "tensor and zero-2": (LAYOUTS["zero-2 in parts"], TENSOR["tensor and zero-2 in parts"]),
+    "context": ((1, PARTS), (2, ["parallel.context=2", *PARTS])),
+    "context and data": (LAYOUTS["ddp in parts"], LAYOUTS["context and data"]),
+    "context and zero-3": ((1, PARTS), (2, ["parallel.context=2", "parallel.data=fsdp", *PARTS])),
+    "tensor and context": ((1, PARTS), (4, ["parallel.tensor=2", "parallel.context=2", *PARTS])),
+    "pipeline": ((1, PARTS), LAYOUTS["pipeline"]),
+    "pipeline and data": ((2, ["micro_batch=1"]), LAYOUTS["pipeline and data"]),
+    "pipeline and zero-2": (
+        (2, ["micro_batch=1", "parallel.data=fsdp", "parallel.zero=2"]),
+        (4, [*PIPELINED_ZERO, "parallel.zero=2", "activation_checkpointing=full"]),
+    ),
+    "interleaved and zero-3": (
+        (2, ["micro_batch=1", "parallel.data=fsdp"]),
+        (4, [*INTERLEAVED, "micro_batch=1", "parallel.data=fsdp"]),
+    ),
+    "tensor and pipeline": ((1, PARTS), TENSOR["tensor and pipeline"]),
+}
+
+
+def noise_of(folder: Path, name: str) -> dict:
+    return json.loads((checkpoints(folder / name)[-1] / "training.json").read_text())["controllers"]["batch_noise"]
+
+
+@pytest.mark.parametrize("layout", NOISE)
+def test_gradient_noise_is_that_of_as_many_readers(tmp_path, layout):
+    (few, apart), (size, overrides) = NOISE[layout]
+    common = (*EXACT, *WIDE, "model.n_layers=4", "steps=6", "optimizer.name=adamw")
+    start = started(tmp_path, common)
+    for out, count, more in (("few", few, apart), ("many", size, overrides)):
+        if count == 1:
+            run(tmp_path, *common, *more, out=out, init_from=start)
+        else:
+            many(tmp_path, count, *common, *more, out=out, init_from=start)
+    assert_same(tmp_path, "few", "many", 1e-9)
+    expected, found = noise_of(tmp_path, "few"), noise_of(tmp_path, "many")
+    assert found["count"] == expected["count"] == 6 and found["noise"] != 0
+    for name in ("signal", "noise"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        (LAYOUTS["zero-1 in parts"], "parallel.zero = 1 gives no part's gradients away before the last"),
+        (LAYOUTS["zero-3"], "in a single part; set a smaller micro_batch"),
+        (LAYOUTS["context"], "in a single part; set a smaller micro_batch"),
+        (TENSOR["tensor and data"], "in a single part; set a smaller micro_batch"),
+    ],
+)
+def test_noise_that_cannot_be_measured_is_unavailable_and_no_ramp(tmp_path, layout, says):
+    size, overrides = layout
+    common = (*EXACT, "steps=2")
+    tiny(tmp_path)
+    many(tmp_path, size, *common, *overrides)
+    assert noise_of(tmp_path, "run")["count"] == 0
+    assert [line["noise_scale"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [None] * 2
+    found = outcomes(size, misfit, str(tmp_path), (*common, *overrides, "control.batch=ramp", f"out={tmp_path}/ramp"))
+    assert all(not well and "ramp cannot measure the gradient noise: " in said and says in said for well, said in found)
 
 
 def held_by_all(folder: str, overrides: tuple[str, ...]) -> dict[str, bytes]:
@@ -451,6 +547,15 @@ def test_compressed_gradients(tmp_path):
     assert last["rank 8"] == pytest.approx(last["none"], rel=0.01)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("fp32", 1e-12, 1e-5), ("bf16", 1e-5, 0.02)])
+def test_sharded_gradients_are_summed_in_reduce_dtype(tmp_path, dtype, least, most):
+    common = (*EXACT, "optimizer.name=adamw", "parallel.data=fsdp")
+    start = started(tmp_path, common)
+    whole = many(tmp_path, 2, *common, out="whole", init_from=start)["curve"]
+    found = many(tmp_path, 2, *common, f"parallel.reduce_dtype={dtype}", init_from=start)["curve"]
+    assert least < max(abs(a / b - 1) for (_, a), (_, b) in zip(found, whole, strict=True)) < most
+
+
 def sent(folder: str, overrides: tuple[str, ...], options: dict) -> list[float]:
     """Bytes on the wire over those of the gradients, after each step."""
     seen = []
@@ -473,6 +578,14 @@ def test_powersgd_begins_with_the_third_step(tmp_path):
     counts = together(2, sent, str(tmp_path), common, {})[0]
     each = [counts[n][0] - (counts[n - 1][0] if n else 0) for n in range(len(counts))]
     assert each[0] == each[1] > 3 * each[2] and each[2] == each[3]
+
+
+def test_powersgd_says_that_another_number_of_processes_starts_with_empty_buffers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    common = ("steps=2", "parallel.compress=powersgd")
+    many(tmp_path, 2, *common, stop_after=1)
+    run(tmp_path, *common, resume=True)
+    assert "PowerSGD starts with empty error buffers: they belonged to 2 processes" in caplog.text
 
 
 def test_collectives_are_few(tmp_path):
@@ -611,11 +724,26 @@ def test_damaged_shards_are_named(tmp_path, damage):
     elif damage == "missing":
         path.unlink()
     else:
-        from safetensors.torch import save_file
-
         save_file({"model/nothing": torch.zeros(2)}, path.with_name("other.safetensors"))
     with pytest.raises(CheckpointError, match="shards: (tensor .* is (missing|foreign)|truncated)"):
         run(tmp_path, *common, resume=True)
+
+
+def test_shards_without_some_rows_are_refused(tmp_path):
+    """Every name is there, so torch would read what is left and leave the rest as it was."""
+    common = (*EXACT, "steps=2", "parallel.data=fsdp")
+    many(tmp_path, 4, *common, stop_after=1)
+    folder = tmp_path / "run/checkpoints/step-0000001"
+    path = sorted((folder / "shards").glob("*.safetensors"))[1]
+    with safe_open(path, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if name != "model/head.weight"}  # noqa: SIM118
+        facts = file.metadata()
+    save_file(kept, path, metadata=facts)
+    says = "shards: tensor 'model/head.weight' is missing some of its rows"
+    with pytest.raises(CheckpointError, match=says):
+        run(tmp_path, *common, resume=True)
+    with pytest.raises(CheckpointError, match=says):
+        load_model(folder)
 
 
 def test_streams_go_on_with_another_number_of_processes(tmp_path):
@@ -653,6 +781,19 @@ def test_a_ramp_is_repeated_as_recorded_with_another_number_of_processes(tmp_pat
         assert a == pytest.approx(b, rel=1e-9)
 
 
+@pytest.mark.parametrize("layout", ["tensor in parts", "pipeline", "interleaved"])
+def test_a_ramp_in_parts_of_layers_and_in_stages(tmp_path, layout):
+    size, overrides = {**TENSOR, **LAYOUTS}[layout]
+    common = (*EXACT, *WIDE, *FOUR, "steps=8", "control.batch=ramp")
+    start = started(tmp_path, common)
+    whole = together(2, ramped, str(tmp_path), common, {"out": "whole", "init_from": start}, True)[0]
+    options = {"out": "many", "init_from": start}
+    found = together(size, ramped, str(tmp_path), (*common, *overrides), options, True)[0]
+    assert len(found["curve"]) == 6
+    for (_, a), (_, b) in zip(found["curve"], whole["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
 def misfit(folder: str, overrides: tuple[str, ...]) -> None:
     run(Path(folder), *overrides)
 
@@ -672,6 +813,11 @@ def misfit(folder: str, overrides: tuple[str, ...]) -> None:
             "parallel.pipeline = 2 needs as many micro-batches",
         ),
         (2, [*INTERLEAVED, *FOUR, "micro_batch=1", "batch_size=5"], "cannot deal 5 micro-batches to parallel.pipeline"),
+        (
+            2,
+            [*INTERLEAVED, *FOUR, "micro_batch=1", "batch_size=3", "control.batch=ramp"],
+            "needs micro-batches in multiples of parallel.pipeline = 2, but micro_batch = 1 makes 3",
+        ),
         (3, ["parallel.pipeline=2", "micro_batch=1"], "parallel.pipeline = 2 does not divide the 3 processes"),
         (4, ["parallel.context=4", "data.seq_len=8"], "shorter than the convolution's past"),
     ],

@@ -13,14 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from llm_mlp.cli import app
-from llm_mlp.config import ModelConfig, OptimizerConfig, build
+from llm_mlp.config import ModelConfig, OptimizerConfig, ParallelConfig, RoutingConfig, build
 from llm_mlp.data import Batch
 from llm_mlp.models import build_model, model_cost
 from llm_mlp.models.lm import LM, Block
 from llm_mlp.ops.backend import assuming
+from llm_mlp.precision import Precision
 from llm_mlp.train import optim
 from llm_mlp.train.context import SplitSequence
 from llm_mlp.train.optim import make_optimizers
+from llm_mlp.train.parallel import World
+from llm_mlp.train.pipeline import Stage, cut, layers_of
 from llm_mlp.train.plan import GPUS, Job, PlanError, make_plan, scaled, trace
 from llm_mlp.train.plan.figures import ORIGINS, WORKSPACE, rate
 from llm_mlp.train.plan.layout import MODES, Layout
@@ -151,8 +154,8 @@ def test_saved_bytes_are_those_of_a_real_run(layer):
     block = Block(HYBRID, layer)
     block.init_weights()
     x = torch.randn(B, T, HYBRID.d_model, requires_grad=True)
-    earlier = [torch.zeros_like(x) for _ in range(layer)] if block.routing is not None else None
-    real = saved_bytes(lambda: block(x, earlier, None, None), [x, *block.parameters()])
+    earlier = [torch.zeros_like(x).requires_grad_() for _ in range(layer)] if block.routing is not None else []
+    real = saved_bytes(lambda: block(x, earlier, None, None), [x, *earlier, *block.parameters()])
     assert block_trace(HYBRID, layer, B, T, False).saved == real
 
 
@@ -186,10 +189,12 @@ def as_on_cuda(forward):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("preset", ["demo", pytest.param("30m", marks=pytest.mark.slow)])
-def test_layers_add_up_to_the_model(mode, preset):
+@pytest.mark.parametrize(
+    ("preset", "routed"), [("demo", 0), ("demo", 2), pytest.param("30m", 0, marks=pytest.mark.slow)]
+)
+def test_layers_add_up_to_the_model(mode, preset, routed):
     """A whole model's forward and backward pass, followed at once, peaks where the sum over its layers does."""
-    config = scaled(preset, None)
+    config = build(ModelConfig, {"preset": preset, "routing": {"last_layers": routed}})
     B, T = 8, 1024
     job = Job(config, GPUS["h100"], 1, T, B, "adamw")
     predicted = job.memory(Layout(1, 1, 1, 1, 0, B, mode))
@@ -227,6 +232,58 @@ def test_context_bytes_are_those_that_are_sent():
         assert [forward, split.bytes] == [ranks * sum(sizes) for sizes in own]
     finally:
         dist.destroy_process_group()
+
+
+ROUTED = build(ModelConfig, {"preset": "demo", "n_layers": 5, "routing": {"last_layers": 2}})
+
+
+@pytest.mark.parametrize("config", [ROUTED, ROUTED.model_copy(update={"routing": RoutingConfig()})])
+@pytest.mark.parametrize("pp", [2, 4])
+def test_bytes_between_stages_are_those_that_are_sent(config, pp):
+    """What the engine's stages give to the one behind, and gradients of what they are given: the most of a process."""
+    micro, T = 2, 64
+    sent = []
+    for rank in range(pp):
+        dist.init_process_group("fake", rank=rank, world_size=pp, store=FakeStore())
+        try:
+            world = World(ParallelConfig(pipeline=pp), torch.device("cpu"), rank, pp)
+            stage = Stage(cut(build_model(config), world), rank, world, Precision("fp32", torch.device("cpu")))
+            on = stage.outputs((micro, T), device="meta") if not stage.last else ()
+            back = stage.inputs((micro, T), device="meta") if not stage.first else ()
+            sent.append(sum(t.nbytes for t in (*on, *back)))
+        finally:
+            dist.destroy_process_group()
+    layout = Layout(1, pp, 1, 1, 0, micro, "none")
+    job = Job(config, GPUS["h100"], pp, T, 8 * micro, "muon")
+    assert job.time(layout).links["pp"] == (8 * max(sent), "nvlink")
+    routes = config.routing.last_layers > 0
+    assert (max(sent) > 2 * 4 * micro * T * config.d_model) == routes
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_stage_that_routes_holds_what_the_engine_makes_of_it(zero):
+    pp, shards = 2, 3 if zero else 1
+    job = Job(ROUTED, GPUS["h100"], pp * shards, 64, 12, "adamw")
+    layout = Layout(shards, pp, 1, 1, zero, 1, "none")
+    stage, memory = job.stage(layout), job.memory(layout)
+    built = held_bytes(stage.config, "adamw", shards, zero, layers=stage.layers)
+    assert built == (memory.weights, memory.gradients, memory.optimizer)
+    model = build_model(ROUTED)
+    own = [*model.head.parameters(), *(p for i in layers_of(1, pp, 5) for p in model.blocks[i].parameters())]
+    assert stage.numbers() == sum(p.numel() for p in own)
+    # The second of two stages has one micro-batch under way, with what three layers before it read; the first has two.
+    plain = Job(ROUTED.model_copy(update={"routing": RoutingConfig()}), GPUS["h100"], pp * shards, 64, 12, "adamw")
+    assert memory.activations > plain.memory(layout).activations
+
+
+def test_later_stages_keep_what_layers_before_them_read():
+    """With nothing else kept, a stage in the middle has most: fewer micro-batches under way, but more of each."""
+    config = build(ModelConfig, {"preset": "demo", "n_layers": 8, "routing": {"last_layers": 1}})
+    job = Job(config, GPUS["h100"], 4, 64, 16, "adamw")
+    stream = 4 * 64 * config.d_model
+    found = job.memory(Layout(1, 4, 1, 1, 0, 1, "full")).activations
+    # A stage's two layers keep three tensors of a micro-batch (embedding's or stage's input, and a layer's input each).
+    assert found == max((4 - s) * (3 + 2 * s) for s in range(4)) * stream == 15 * stream
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ def test_a_killed_run_is_resumed_to_the_bit(tmp_path, packing):
 
 
 @pytest.mark.slow
+def test_verify_resume_needs_no_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the text that ships with the package is tokenised
+    shown = CliRunner().invoke(app, ["run", "verify-resume"])
+    assert shown.exit_code == 0 and "resumed from step 10 on 1" in shown.stdout, shown.output
+    assert shown.stdout.endswith("passed\n")
+
+
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_by_other_processes(tmp_path):
     options = ["run", "verify-resume", recipe(tmp_path), "precision=fp64", "--steps", "30"]
     options += ["--processes", "2", "--resume-processes", "1", "--json"]

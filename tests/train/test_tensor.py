@@ -51,7 +51,6 @@ def test_a_layer_is_the_sum_of_its_parts(case):
         (["model.pattern=[perception, attention]"], "parallel.tensor = 2 shares out layers by groups"),
         (["data.packing=streams"], "parallel.tensor > 1 does not carry streams' states"),
         (["precision=fp16"], "precision = fp16 has a loss scale that parts of a layer do not share"),
-        (["control.batch=ramp"], "control.batch = ramp cannot measure the gradient noise with parallel.tensor > 1"),
     ],
 )
 def test_what_cannot_be_shared_out_is_named(tmp_path, overrides, says):

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 from llm_mlp.config import ModelConfig
 from llm_mlp.models import model_cost
 from llm_mlp.models.lm import Checkpointing
+from llm_mlp.models.routing import Routing
 from llm_mlp.train.optim import AT_ONCE, NEWTON_SCHULZ_STEPS
+from llm_mlp.train.pipeline import layers_of
 from llm_mlp.train.plan.figures import COPY, GPU, H100_PEAK, LINK_SHARE, PRODUCT, USABLE, WORKSPACE, PlanError
 from llm_mlp.train.plan.figures import rate as measured_rate
 from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, step_bytes, weights_of
@@ -59,6 +60,7 @@ class Stage:
     """What one process of a pipeline stage and a tensor part holds, before it is sharded."""
 
     config: ModelConfig
+    layers: range  # by their numbers in `config`
     weights: tuple[tuple[Weight, int], ...]  # and how often each is there
 
     def numbers(self, shards: int = 1, root: bool | None = None) -> int:
@@ -144,8 +146,6 @@ class Job:
             return f"tp = {tp} {why}"
         if pp > c.n_layers:
             return f"pp = {pp} is more than the {c.n_layers} layers"
-        if pp > 1 and c.routing.last_layers:
-            return f"pp = {pp}: routing reads the outputs of earlier stages"
         if cp > 1 and attention:
             return f"cp = {cp}: attention layers are not split along the sequence"
         least = max(c.perception.block, 256)
@@ -156,21 +156,33 @@ class Job:
         return None
 
     def stage(self, layout: Layout) -> Stage:
-        """The stage with most layers, and the embedding and the head (of a pipeline: one of them)."""
+        """The stage with most layers (with routing: the last), and the embedding and the head (of a pipeline: one of
+        them)."""
         key = layout.pp, layout.tp
         if key not in self._stages:
             c, tp = self.config, layout.tp
-            layers = -(-c.n_layers // layout.pp)
-            change: dict[str, Any] = {"n_layers": layers, "tie_embeddings": c.tie_embeddings or layout.pp > 1}
+            number = -(-c.n_layers // layout.pp)
             if tp > 1:
                 c = part_config(c, tp)
-            own = c.model_copy(update=change)
-            # One layer of each kind is built, and counted as often as it is there.
-            kinds = layers if c.routing.last_layers else min(layers, len(c.pattern))
-            built = weights_of(own.model_copy(update={"n_layers": kinds}), self.optimizer, self.state)
-            counts = [sum(1 for i in range(layers) if i % kinds == kind) for kind in range(kinds)]
-            self._stages[key] = Stage(own, tuple((w, counts[w.layer] if w.layer >= 0 else 1) for w in built))
+            own = c.model_copy(update={"tie_embeddings": c.tie_embeddings or layout.pp > 1})
+            if c.routing.last_layers:
+                layers = range(c.n_layers - number, c.n_layers)
+                weights = tuple((w, 1) for w in weights_of(own, self.optimizer, self.state, layers))
+            else:
+                # One layer of each kind is built, and counted as often as it is there.
+                own, layers = own.model_copy(update={"n_layers": number}), range(number)
+                kinds = range(min(number, len(c.pattern)))
+                built = weights_of(own.model_copy(update={"n_layers": len(kinds)}), self.optimizer, self.state)
+                counts = [sum(1 for i in layers if i % len(kinds) == kind) for kind in kinds]
+                weights = tuple((w, counts[w.layer] if w.layer >= 0 else 1) for w in built)
+            self._stages[key] = Stage(own, layers, weights)
         return self._stages[key]
+
+    def entering(self, layout: Layout, stage: int) -> int:
+        """Tensors of the residual stream's size that enter a stage: itself and, where later layers route, the inputs of
+        all layers before."""
+        before = layers_of(stage, layout.pp, self.config.n_layers).start
+        return 1 + (before if self.config.routing.last_layers else 0)
 
     def parts(self, layout: Layout) -> int:
         """Micro-batches a step of a process."""
@@ -187,7 +199,7 @@ class Job:
         weights = gradients = 4 * stage.numbers(shards)
         state = sum(n * w.state_bytes(shards) for w, n in stage.weights)
         gathered = self._gathered(layout)
-        kinds = [i % len(c.pattern) if not c.routing.last_layers else i for i in range(c.n_layers)]
+        kinds = [i if Routing.routed(c, i) else i % len(c.pattern) for i in stage.layers]
         mode: Checkpointing = "selective" if layout.checkpointing == "selective" else "none"
         traces = {i: block_trace(own, i, layout.micro, span, self.on_gpu, mode) for i in set(kinds)}
         loss = loss_trace(own, layout.micro, span, self.on_gpu)
@@ -197,27 +209,45 @@ class Job:
         full = layout.checkpointing == "full"
         saved = [stream + (0 if full else size) for size in kept]
         every = stream + sum(saved)  # and the embedding's output
-        flights = min(layout.pp, parts)  # micro-batches that the first stage has under way
+        entering = [stream * (self.entering(layout, s) - 1) for s in range(layout.pp)]  # beside a layer's own input
+        # Of the stage that keeps most: the first has most micro-batches under way, later ones are given more of each.
+        flying = max(min(layout.pp - s, parts) * (every + more) for s, more in enumerate(entering))
+        at_end = every + stream + entering[-1]  # of the last stage, whose only micro-batch reaches the loss
         passing = sum(traces[i].state for i in kinds)  # which the caller has to the end of the forward pass
         working = max(t.forward - t.saved for t in traces.values())  # of a layer, forward
-        again = [max(t.forward - t.saved + stream if full else 0, t.backward - t.saved) for t in traces.values()]
-        back = (
-            max(again) + (max(kept) if full else 0) + (stream if mode == "selective" else 0)
-        )  # the output, made again
+        again = stream if mode == "selective" else 0  # the output, made again
+        back = {
+            kind: max(t.forward + stream, t.backward) + crossed if full else t.backward - t.saved + again
+            for kind, t in traces.items()
+        }
         before = gradients if parts > 1 else 0  # from earlier micro-batches
         head = root // 2 // shards  # the head's gradients come first, the embedding's last
         others = gradients - head - 4 * stage.largest_block // shards
         # Of each moment: gradients that are there, what is kept for backward passes, and the rest.
         moments = {
-            "the last layer's forward pass": (before, flights * every, passing + working),
-            "the loss": (before, every + stream, passing + loss.forward),
-            "the loss's backward pass": (before, every + stream, loss.backward),
-            "the last layer's backward pass": (max(before, head), flights * every, back),
-            "the first layer's backward pass": (max(before, others), (flights - 1) * every + stream + saved[0], back),
+            "the last layer's forward pass": (before, flying, passing + working),
+            "the loss": (before, at_end, passing + loss.forward),
+            "the loss's backward pass": (before, at_end, loss.backward),
+            # From a stage behind come the gradients of all that went there.
+            "the last layer's backward pass": (max(before, head), flying, max(back.values()) + entering[-1]),
+            "the first layer's backward pass": (
+                max(before, others),
+                flying - every + stream + saved[0],
+                max(back.values()),
+            ),
         }
+        if c.routing.last_layers and len(kinds) > 1:  # gradients wait for every layer whose input the last one read
+            waiting = stream * stage.layers[-1]
+            there = max(before, head + 4 * stage.largest_block // shards)
+            moments["the backward pass of the last layer but one"] = (
+                there,
+                flying - saved[-1],
+                back[kinds[-2]] + waiting,
+            )
         moments = {name: (g, a, work + gathered) for name, (g, a, work) in moments.items()}
         if self.optimizer == "muon" or self.state == "8bit":
-            work = step_bytes(own, self.optimizer, self.state, self.on_gpu)
+            held = own.model_copy(update={"n_layers": len(stage.layers)})
+            work = step_bytes(held, self.optimizer, self.state, self.on_gpu)
             if (
                 self.optimizer == "muon" and layout.zero
             ):  # whole changes beside whole updates, until every process takes its shard
@@ -228,7 +258,7 @@ class Job:
         when = max(moments, key=lambda name: sum(moments[name]))
         there, activations, rest = moments[when]
         peak = weights + state + there + activations + rest + WORKSPACE
-        return Memory(weights, gradients, state, flights * every, rest + WORKSPACE, peak, when)
+        return Memory(weights, gradients, state, flying, rest + WORKSPACE, peak, when)
 
     @staticmethod
     def context_bytes(config: ModelConfig, sequences: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
@@ -268,7 +298,8 @@ class Job:
         stage, parts, n = self.stage(layout), self.parts(layout), layout.shards
         own, full = stage.config, layout.checkpointing == "full"
         tokens = layout.micro * self.length // layout.cp
-        layers, root = own.n_layers * self.layer_flops / layout.tp, self.head_flops
+        number = len(stage.layers)
+        layers, root = number * self.layer_flops / layout.tp, self.head_flops
         part = tokens * (3 * (layers + root) + (layers if full else 0)) / self.rate
         part *= SELECTIVE_COST if layout.checkpointing == "selective" else 1.0
         numbers = stage.numbers()
@@ -283,10 +314,12 @@ class Job:
         if self.optimizer == "muon" and layout.zero:
             muon = 4 * around * sum(c * w.numbers for w, c in stage.weights if w.matrices)
         stream = tokens * own.d_model
-        tensor = own.n_layers * (6 if full else 4) * 2 * (layout.tp - 1) / layout.tp * 2 * stream
+        tensor = number * (6 if full else 4) * 2 * (layout.tp - 1) / layout.tp * 2 * stream
         forward, backward = self.context_bytes(own, layout.micro)
-        context = own.n_layers * (layout.cp - 1) * ((2 if full else 1) * sum(forward) + sum(backward))
-        pipeline = 2 * 4 * stream if layout.pp > 1 else 0
+        context = number * (layout.cp - 1) * ((2 if full else 1) * sum(forward) + sum(backward))
+        crossing = [4 * stream * self.entering(layout, s) for s in range(1, layout.pp)]  # before each stage, one way
+        # A process sends activations to the stage behind it and gradients to the one before.
+        pipeline = max(back + on for back, on in zip([0, *crossing], [*crossing, 0], strict=True))
         where = {
             "tp": self._link(layout.tp),
             "cp": self._link(layout.tp * layout.cp),
@@ -358,7 +391,7 @@ class Job:
         held = 4 * stage.numbers(shards) + sum(n * w.state_bytes(shards) for w, n in stage.weights)
         stream = 4 * layout.micro * self.length // layout.cp * self.config.d_model
         flights = min(layout.pp, self.parts(layout))
-        return held + self._gathered(layout) + flights * stream * (stage.config.n_layers + 1)
+        return held + self._gathered(layout) + flights * stream * (len(stage.layers) + 1)
 
     def _gathered(self, layout: Layout) -> int:
         """What spreading the model adds while gradients are made: of fully_shard the gathered weights (ZeRO-3: of the

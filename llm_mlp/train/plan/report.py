@@ -197,7 +197,8 @@ def _wanted(text: str) -> dict[str, int]:
 def _compare(job: Job, chosen: Layout) -> None:
     """What the layout was chosen by is what building and sharding the model gives, to the byte."""
     memory = job.memory(chosen)
-    built = held_bytes(job.stage(chosen).config, job.optimizer, chosen.shards, chosen.zero, job.state)
+    stage = job.stage(chosen)
+    built = held_bytes(stage.config, job.optimizer, chosen.shards, chosen.zero, job.state, stage.layers)
     assert built == (memory.weights, memory.gradients, memory.optimizer), (built, memory)
 
 
@@ -212,7 +213,7 @@ def _engine(layout: Layout) -> str:
 def _links(time: Time, engine: str) -> dict[str, Leaf]:
     what = {
         "fsdp": "weights, gradients and Muon's updates, fp32",
-        "pp": "the residual stream and its gradient, fp32",
+        "pp": "the residual stream, what later layers route of it, and gradients, fp32",
         "cp": "tails, maps, rows and their gradients",
         "tp": "sums of the residual stream, bf16",
     }

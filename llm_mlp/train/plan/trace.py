@@ -162,17 +162,18 @@ def _with_fake_parameters(module: nn.Module) -> None:
 
 
 def _follow(
-    module: nn.Module, shape: tuple[int, ...], run: Callable[[Tensor], tuple[Tensor, Any]], on_gpu: bool
+    module: nn.Module, shape: tuple[int, ...], run: Callable[..., tuple[Tensor, Any]], on_gpu: bool, inputs: int = 1
 ) -> Trace:
-    """``run(x)`` with x ``shape`` and backward from its first result. bf16 by autocast on a GPU, as on a CPU fp32."""
+    """``run(x, ...)`` of so many inputs of ``shape`` and backward from its first result. bf16 by autocast on a GPU, as
+    on a CPU fp32."""
     with _fake(on_gpu):
         _with_fake_parameters(module)
-        x = torch.empty(shape, requires_grad=True)
-        parameters = list(module.parameters())
-        with _Live([x, *parameters]) as live:
+        read = [torch.empty(shape, requires_grad=True) for _ in range(inputs)]
+        known = [*read, *module.parameters()]
+        with _Live(known) as live:
             cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on_gpu else contextlib.nullcontext()
-            with _saving([x, *parameters]) as saved, cast:
-                y, kept = run(x)
+            with _saving(known) as saved, cast:
+                y, kept = run(*read)
             forward = live.peak
             others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
             state = sum(size for key, size in others.items() if key not in saved)
@@ -194,22 +195,24 @@ def _follow(
 def block_trace(
     config: ModelConfig, layer: int, sequences: int, length: int, on_gpu: bool, mode: Checkpointing = "none"
 ) -> Trace:
-    """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32.
+    """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32 (with
+    routing: also that of all layers before, which is kept as theirs; its gradients count here).
 
     ``mode`` selective: as it is then run (of ``full`` nothing but the input is kept, which needs no trace of its own).
     """
     with torch.device("meta"):
         block = Block(config, layer)
 
-    def run(x: Tensor) -> tuple[Tensor, Any]:
-        earlier = [torch.empty_like(x) for _ in range(layer)] if block.routing is not None else None
+    def run(x: Tensor, *others: Tensor) -> tuple[Tensor, Any]:
+        earlier = list(others) if block.routing is not None else None
         if mode == "selective":
             return checkpoint(
                 block, x, earlier, None, None, use_reentrant=False, preserve_rng_state=False, context_fn=selective
             )
         return block(x, earlier, None, None)
 
-    return _follow(block, (sequences, length, config.d_model), run, on_gpu)
+    inputs = 1 + (layer if block.routing is not None else 0)
+    return _follow(block, (sequences, length, config.d_model), run, on_gpu, inputs)
 
 
 @cache
@@ -253,10 +256,21 @@ def step_bytes(config: ModelConfig, optimizer: str, state: str, on_gpu: bool) ->
 # -- what a process holds -------------------------------------------------------------------------------------------
 
 
+def _on_meta(config: ModelConfig, layers: range | None) -> LM:
+    """A model with these of its layers alone (None: all)."""
+    with torch.device("meta"):
+        model = LM(config)
+    if layers is not None:
+        for i in set(range(config.n_layers)) - set(layers):
+            del model.blocks._modules[str(i)]
+    return model
+
+
 def held_bytes(
-    config: ModelConfig, optimizer: str, shards: int, zero: int, state: str = "same"
+    config: ModelConfig, optimizer: str, shards: int, zero: int, state: str = "same", layers: range | None = None
 ) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state of rank 0 (the largest) of ``shards`` processes.
+    """Bytes of weights, gradients and optimizer state of rank 0 (the largest) of ``shards`` processes; ``layers``: of
+    a model that has these alone.
 
     The model is built on the meta device, sharded by what training shards by over torch's fake process group
     (``shards`` 1 or ``zero`` 0: it is whole), and the optimizers make their state of it.
@@ -266,8 +280,7 @@ def held_bytes(
     """
     if dist.is_initialized():
         raise PlanError("a plan makes a process group of its own; this process is part of one already")
-    with torch.device("meta"):
-        model = LM(config)
+    model = _on_meta(config, layers)
     sharded = shards > 1 and zero > 0
     if sharded:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
@@ -316,10 +329,12 @@ class Weight:
 
 
 @cache
-def weights_of(config: ModelConfig, optimizer: str, state: str = "same") -> tuple[Weight, ...]:
-    """The parameters of ``config``: of the model built on the meta device and the optimizers that get them."""
-    with torch.device("meta"):
-        model = LM(config)
+def weights_of(
+    config: ModelConfig, optimizer: str, state: str = "same", layers: range | None = None
+) -> tuple[Weight, ...]:
+    """The parameters of ``config``, with ``layers`` of these alone: of the model built on the meta device and the
+    optimizers that get them."""
+    model = _on_meta(config, layers)
     rows: dict[int, tuple[tuple[int, int], ...]] = {}
     muons = [o for o in make_optimizers(model, _settings(optimizer, state)) if isinstance(o, Muon)]
     for group in (group for o in muons for group in o.param_groups):
