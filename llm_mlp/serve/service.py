@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,29 @@ class Text:
         return out
 
 
+class _Mail:
+    """Events for an event loop's queues. However many come before the loop looks, it is woken once for all of them:
+    waking it takes longer than all else of a token."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting = deque[tuple[asyncio.Queue, Any]]()
+        self._told = False
+
+    def put(self, queue: asyncio.Queue, item: Any) -> None:
+        """From any thread."""
+        self._waiting.append((queue, item))
+        if not self._told:
+            self._told = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._told = False  # first: what comes from here on wakes the loop again
+        while self._waiting:
+            queue, item = self._waiting.popleft()
+            queue.put_nowait(item)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is read for a request: ids behind a start, and where the start came from."""
@@ -187,6 +211,7 @@ class Service:
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._observing = asyncio.Lock()
+        self._mail: _Mail | None = None
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
@@ -386,11 +411,10 @@ class Service:
                 end = await self._read(replace(request, max_tokens=0, keep=True))
                 request, before = replace(request, prompt=[], start=end.final), end.joules
 
-        def emitter(index: int) -> Callable[[Event], None]:
-            def emit(event: Event) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+        mail = self._mail = self._mail if self._mail is not None and self._mail.loop is loop else _Mail(loop)
 
-            return emit
+        def emitter(index: int) -> Callable[[Event], None]:
+            return lambda event: mail.put(queue, (index, event))
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
