@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from filelock import FileLock
@@ -65,11 +65,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """What of a prompt is stored already, and why no more."""
+    """What of a prompt is stored already, and why no more: in words, and as one of a few kinds to count by."""
 
     context: Context | None
     cached_tokens: int
     reason: str
+    kind: Literal["prefix", "nothing_stored", "other_model", "no_prefix", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -451,7 +452,7 @@ class Store:
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         manifests = self.manifests()
         if not manifests:
-            return Found(None, 0, "miss: nothing is stored")
+            return Found(None, 0, "miss: nothing is stored", "nothing_stored")
         own = reader.fingerprints
         fitting = {
             (m.tokens, m.text): id_
@@ -461,7 +462,8 @@ class Store:
             if not m.composed and all(getattr(m, what) == value for what, value in own.items())
         }
         if not fitting:
-            return Found(None, 0, f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer")
+            reason = f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer"
+            return Found(None, 0, reason, "other_model")
         data, running, done = token_bytes(ids), hashlib.sha256(), 0
         matches: list[str] = []
         for length in sorted({n for n, _ in fitting if n <= len(ids)}):
@@ -477,8 +479,8 @@ class Store:
                 reason = f"miss: {error}"
                 continue
             n = len(context.tokens)
-            return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}")
-        return Found(None, 0, reason)
+            return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}", "prefix")
+        return Found(None, 0, reason, "unusable" if matches else "no_prefix")
 
     # -- room ------------------------------------------------------------------------------------------------------
 

@@ -228,7 +228,7 @@ class Service:
         self.requests = Counter("llm_mlp_requests", "Requests by path and status.", ["path", "status"], **own)
         self.written = Counter("llm_mlp_tokens", "Tokens written.", **own)
         self.prompted = Counter("llm_mlp_prompt_tokens", "Tokens of prompts.", ["source"], **own)
-        self.lookups = Counter("llm_mlp_cache_lookups", "Prompts by what was stored.", ["result"], **own)
+        self.lookups = Counter("llm_mlp_cache_lookups", "Prompts by what was stored.", ["result", "reason"], **own)
         self.first = Histogram("llm_mlp_first_token_seconds", "Until the first token.", buckets=SECONDS, **own)
         self.between = Histogram("llm_mlp_token_seconds", "Between two tokens.", buckets=SECONDS, **own)
         self.registry.register(_Gauges(self))
@@ -280,16 +280,16 @@ class Service:
         if context is not None:
             found = self.context(user, context)
             n = len(found.tokens)
-            self.lookups.labels("context").inc()
+            self.lookups.labels("hit", "context").inc()
             return Prompt(ids, found.start, found, n, f"hit: context {context!r}, {n} tokens")
         if not ids:
             raise Refused(400, "the prompt is empty", "prompt")
         known = self.store(user).find(ids, self.reader)
         if known.context is not None and self.settings.invariant and known.cached_tokens % self.settings.chunk:
             reason = f"miss: {known.cached_tokens} tokens are stored, which is no multiple of {self.settings.chunk}"
-            self.lookups.labels("miss").inc()
+            self.lookups.labels("miss", "unaligned").inc()
             return Prompt(ids, reason=reason)
-        self.lookups.labels("miss" if known.context is None else "hit").inc()
+        self.lookups.labels("miss" if known.context is None else "hit", known.kind).inc()
         if known.context is None:
             return Prompt(ids, reason=self.told(known.reason))
         n = known.cached_tokens

@@ -100,6 +100,7 @@ def test_damaged_files_are_refused_where_they_are_asked_for_and_nowhere_else(ser
     found = http.post("/v1/completions", json={"prompt": "The house stood by the river. It", "max_tokens": 1}).json()
     assert "altered" in found["usage"]["prompt_tokens_details"]["cache"]
     assert str(folder) not in json.dumps(found)
+    assert 'llm_mlp_cache_lookups_total{reason="unusable",result="miss"} 1.0' in http.get("/metrics").text
     assert {row["name"] for row in http.get("/v1/contexts").json()["data"]} == {"mill", "house"}
     assert made(http, "other", "Another text.")["tokens"]
 

@@ -209,6 +209,7 @@ def test_a_stored_text_is_found_by_a_prompt_that_begins_with_it(client, http):
     made = http.post("/v1/contexts", json={"name": "known", "text": "The wheel turned"}).json()
     found = client.completions.create(model="llm-mlp", prompt="The wheel turned all day", max_tokens=3, temperature=0)
     assert found.usage.prompt_tokens_details.cached_tokens == made["tokens"]
+    assert 'llm_mlp_cache_lookups_total{reason="prefix",result="hit"}' in http.get("/metrics").text
     assert (
         found.usage.prompt_tokens_details.cache
         == f"hit: {made['tokens']} of {found.usage.prompt_tokens} tokens from {made['id']}"
