@@ -383,6 +383,11 @@ def test_contexts(call, trained, tmp_path, monkeypatch):
         status, out, err = call(*args)
         assert status == 1 and says in err and len(err.splitlines()) == 1, (args, err)
     assert call("context", "create", "book", *model, "--text", "x", "--replace")[0] == 0
+    assert call("context", "create", "soon", *model, "--text", "z", "--expires-hours", "1")[0] == 0
+    assert call("context", "append", "book", *model, "--text", "y", "--expires-hours", "0")[0] == 0
+    assert json.loads(call("context", "ls", "--json")[1])["contexts"][0]["expires"]  # of soon; book's time is over
+    assert call("context", "show", "book")[0] == 1
+    assert "removed 1 expired names, 2 objects" in call("context", "gc")[1]
 
 
 def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):

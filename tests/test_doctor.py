@@ -20,7 +20,8 @@ def test_a_sound_model_passes(case, dtype):
     found = report(checks, chosen, environment(torch.device("cpu")))
     json.dumps(found)
     assert found["passed"], [c for c in checks if not c.passed]
-    assert len(checks) == 8 and {row["op"] for row in chosen} >= {"perceive", "perceive_step"}
+    assert len(checks) == (8 if case == "hybrid" else 10)  # the engine serves no attention
+    assert {row["op"] for row in chosen} >= {"perceive", "perceive_step"}
     assert all(row["backend"] == "chunked" and "cpu" in row["why"] for row in chosen)
 
 
@@ -31,6 +32,8 @@ def test_a_sound_model_passes(case, dtype):
         ("state", {"in pieces"}),
         ("nan", {"at once"}),
         ("random", {"a second time"}),
+        ("rows", {"engine, default"}),
+        ("padding", {"engine, invariant"}),
     ],
 )
 def test_what_is_wrong_is_found(broken, finds, monkeypatch):
@@ -40,6 +43,14 @@ def test_what_is_wrong_is_found(broken, finds, monkeypatch):
     elif broken == "state":
         forward = PerceptionMixer.forward
         monkeypatch.setattr(PerceptionMixer, "forward", lambda self, x, state=None, cu=None: forward(self, x, None, cu))
+    elif broken in ("rows", "padding"):  # what a row says depends on their number, or on which are empty
+        step = LM.step
+
+        def wrong_step(self, ids, *a):
+            share = len(ids) if broken == "rows" else (ids == 0).double().mean()
+            return step(self, ids, *a) * (1 + 0.01 * share)
+
+        monkeypatch.setattr(LM, "step", wrong_step)
     else:
         forward = LM.forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,10 @@ ContextName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a cont
 Text = Annotated[str, typer.Option("--text", "-t", help="The text itself.")]
 File = Annotated[Path | None, typer.Option("--file", "-f", help="A UTF-8 text file; - is standard input.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Expires = Annotated[
+    float | None,
+    typer.Option("--expires-hours", min=0, help="It is gone after so many; gc removes its file.", show_default=False),
+]
 Replace = Annotated[bool, typer.Option("--replace", help="A name that exists takes the new context.")]
 
 
@@ -39,6 +44,10 @@ def _text(text: str, file: Path | None) -> str:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _until(hours: float | None) -> timedelta | None:
+    return None if hours is None else timedelta(hours=hours)
 
 
 def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool = False) -> Any:
@@ -71,6 +80,7 @@ def context_create(
     every: Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")] = 262_144,
     composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
     replace: Replace = False,
+    expires_hours: Expires = None,
     store: StoreDir = None,
     weights: Weights = "fp32",
     kept: Kept = "auto",
@@ -81,9 +91,10 @@ def context_create(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from llm_mlp.context import ContextError, Store
+    from llm_mlp.context.store import reading_name
 
     own = Store(store)
-    working = f"{name}.reading"  # the name itself means nothing until all is read
+    working = reading_name(name)
     if own.look(name) is not None and not replace:
         raise ContextError(f"context {name!r} exists; choose another name, or --replace")
     reader = _reader(model, device, weights, kept, composable)
@@ -96,9 +107,8 @@ def context_create(
             if len(context.tokens) < len(tokens):
                 own.commit(context, working, replace=True, unfinished=True)
             bar.update(task, completed=len(context.tokens))
-    own.commit(context, name, replace=replace)
-    if own.look(working) is not None:
-        own.remove(working)
+    own.commit(context, name, replace=replace, expires=_until(expires_hours))
+    own.forget_reading(name)
     _say(context, name)
 
 
@@ -108,6 +118,7 @@ def context_append(
     model: ModelDir,
     text: Text = "",
     file: File = None,
+    expires_hours: Expires = None,
     store: StoreDir = None,
     weights: Weights = "fp32",
     kept: Kept = "auto",
@@ -121,7 +132,7 @@ def context_append(
         raise ContextError(f"context {name!r} is an interrupted reading; give the command that began it again")
     reader = _reader(model, device, weights, kept)
     context = reader.append(own.get(name, reader), reader.encode(_text(text, file), begin=False))
-    own.commit(context, name)
+    own.commit(context, name, expires=_until(expires_hours))
     _say(context, name)
 
 

@@ -56,6 +56,9 @@ def serve(
         bool, typer.Option("--invariant", help="Answers do not depend, to the bit, on what else runs (slower).")
     ] = False,
     store: StoreDir = None,
+    store_gb: Annotated[
+        float, typer.Option(min=0.001, help="Of stored contexts on disk, of each API key's; older versions go first.")
+    ] = 50.0,
     weights: Weights = "fp32",
     kept: Kept = "auto",
     threads: Threads = 0,
@@ -99,6 +102,7 @@ def serve(
         invariant=invariant,
         memory=int(memory_gb * 2**30) or None,
         store=store,
+        store_bytes=int(store_gb * 2**30),
         max_tokens=max_tokens,
         max_prompt=max_prompt,
         max_body=int(max_body_mb * 2**20),

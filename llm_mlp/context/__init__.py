@@ -5,18 +5,20 @@
 
 from llm_mlp.context.compose import compose, composing
 from llm_mlp.context.context import Context, Reader, describe, diff
-from llm_mlp.context.format import ContextError, Manifest
+from llm_mlp.context.format import ContextError, Manifest, StorageError
 from llm_mlp.context.recall import Recall, SourceRecall, ask, measure_composed, measure_recall, plant, plant_each
-from llm_mlp.context.store import Found, Store, default_folder
+from llm_mlp.context.store import Found, Loaded, Store, default_folder
 
 __all__ = [
     "Context",
     "ContextError",
     "Found",
+    "Loaded",
     "Manifest",
     "Reader",
     "Recall",
     "SourceRecall",
+    "StorageError",
     "Store",
     "ask",
     "compose",

@@ -29,6 +29,10 @@ class ContextError(ValueError):
     """A context that cannot be used or written; the message names it and says what to do."""
 
 
+class StorageError(ContextError):
+    """A context that could not be stored: no room, or the disk failed. What was stored before still is."""
+
+
 class Manifest(BaseModel):
     """What is known of a context without reading its tensors."""
 
@@ -96,7 +100,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the ``with`` block ends, on disk before that.
 
     Raises:
-        ContextError: it could not be written; what was at ``path`` still stands.
+        StorageError: it could not be written; what was at ``path`` still stands.
     """
     temporary = None
     try:
@@ -118,7 +122,7 @@ def whole(path: Path) -> Iterator[Path]:
         finally:
             os.close(folder)
     except (OSError, SafetensorError) as error:
-        raise ContextError(f"{path}: could not be written ({error}); what was stored before is untouched") from None
+        raise StorageError(f"{path}: could not be written ({error}); what was stored before is untouched") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

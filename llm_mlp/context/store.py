@@ -16,20 +16,21 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from llm_mlp.context.context import Context, Reader
-from llm_mlp.context.format import SUFFIX, ContextError, Manifest, read_manifest, token_bytes, whole
+from llm_mlp.context.format import SUFFIX, ContextError, Manifest, StorageError, read_manifest, token_bytes, whole
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -64,11 +65,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """What of a prompt is stored already, and why no more."""
+    """What of a prompt is stored already, and why no more: in words, and as one of a few kinds to count by."""
 
     context: Context | None
     cached_tokens: int
     reason: str
+    kind: Literal["prefix", "nothing_stored", "other_model", "no_prefix", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -89,31 +91,46 @@ class Undo:
 
 
 class _Tier:
-    """Contexts held in some memory, the least recently used out first."""
+    """Contexts held in some memory, by the store's folder and their id, the least recently used out first. From any
+    thread."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
-        self._held: OrderedDict[str, Context] = OrderedDict()
+        self.limit, self._bytes = limit, 0
+        self._held: OrderedDict[tuple[Path, str], Context] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, id_: str) -> Context | None:
-        if id_ in self._held:
-            self._held.move_to_end(id_)
-        return self._held.get(id_)
+    def get(self, folder: Path, id_: str) -> Context | None:
+        with self._lock:
+            if (folder, id_) in self._held:
+                self._held.move_to_end((folder, id_))
+            return self._held.get((folder, id_))
 
-    def put(self, context: Context) -> None:
-        if context.bytes > self.limit or context.id in self._held:
-            return
-        self._held[context.id] = context
-        self.bytes += context.bytes
-        while self.bytes > self.limit:
-            self.bytes -= self._held.popitem(last=False)[1].bytes
+    def put(self, folder: Path, context: Context) -> None:
+        with self._lock:
+            if context.bytes > self.limit or (folder, context.id) in self._held:
+                return
+            self._held[folder, context.id] = context
+            self._bytes += context.bytes
+            while self._bytes > self.limit:
+                self._bytes -= self._held.popitem(last=False)[1].bytes
 
-    def drop(self, id_: str) -> None:
-        if gone := self._held.pop(id_, None):
-            self.bytes -= gone.bytes
+    def drop(self, folder: Path, id_: str) -> None:
+        with self._lock:
+            if gone := self._held.pop((folder, id_), None):
+                self._bytes -= gone.bytes
 
-    def __len__(self) -> int:
-        return len(self._held)
+    def held(self, folder: Path) -> list[Context]:
+        """Those of one store."""
+        with self._lock:
+            return [context for (own, _), context in self._held.items() if own == folder]
+
+
+class Loaded:
+    """Contexts that are held loaded, in memory and on the model's GPU, within limits of bytes that several stores share
+    (none gets what another one has loaded)."""
+
+    def __init__(self, ram_bytes: int = 2 * GIB, device_bytes: int = GIB) -> None:
+        self.ram, self.device = _Tier(ram_bytes), _Tier(device_bytes)
 
 
 class Store:
@@ -121,7 +138,7 @@ class Store:
 
     Args:
         folder: made if it is not there. disk_bytes: of all objects. snapshot_bytes: of earlier versions among them.
-        ram_bytes, device_bytes: of contexts that are held loaded, in memory and on the model's GPU.
+        loaded: where loaded contexts are held; None: a `Loaded` of its own.
     """
 
     def __init__(
@@ -130,8 +147,7 @@ class Store:
         *,
         disk_bytes: int = 50 * GIB,
         snapshot_bytes: int = 10 * GIB,
-        ram_bytes: int = 2 * GIB,
-        device_bytes: int = GIB,
+        loaded: Loaded | None = None,
     ) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
         self.disk_bytes, self.snapshot_bytes = disk_bytes, snapshot_bytes
@@ -141,7 +157,7 @@ class Store:
                 part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ContextError(f"{self.folder}: cannot be made a context store ({error})") from None
-        self._ram, self._device = _Tier(ram_bytes), _Tier(device_bytes)
+        self._loaded = loaded or Loaded()
         self._manifests: dict[str, Manifest] = {}
         self._lock = FileLock(self.folder / ".lock")
 
@@ -235,23 +251,23 @@ class Store:
 
     def _load(self, id_: str, reader: Reader | None = None) -> Context:
         gpu = reader is not None and reader.device.type != "cpu"
-        held = self._device.get(id_) if gpu else None
+        held = self._loaded.device.get(self.folder, id_) if gpu else None
         if held is not None and reader is not None:
             reader.check(held.manifest)
             return held
-        found = self._ram.get(id_)
+        found = self._loaded.ram.get(self.folder, id_)
         if found is None:
             found = Context.load(self._path(id_))
             if found.id != id_:
                 raise ContextError(f"{self._path(id_)}: holds context {found.id}; the file was renamed or replaced")
-            self._ram.put(found)
+            self._loaded.ram.put(self.folder, found)
         with contextlib.suppress(OSError):
             os.utime(self._path(id_))  # used just now
         if reader is None:
             return found
         found = reader.adopt(found)
         if gpu:
-            self._device.put(found)
+            self._loaded.device.put(self.folder, found)
         return found
 
     def commit(
@@ -268,7 +284,7 @@ class Store:
         A name's next version has to continue its last one, unless ``replace``.
 
         Raises:
-            ContextError: a name that is taken or not allowed, no room, or it could not be written.
+            ContextError: a name that is taken or not allowed. StorageError: no room, or it could not be written.
         """
         with self._lock:
             before = self.look(name) if name is not None else None
@@ -277,12 +293,12 @@ class Store:
             if not self._path(context.id).exists():
                 self._make_room(context.bytes, keep={context.id, *([before.id] if before else [])})
                 context.save(self._path(context.id))
-            self._ram.put(context.to("cpu"))
+            self._loaded.ram.put(self.folder, context.to("cpu"))
             if name is not None:
                 history = (*(before.history if before and not replace else ()),)
                 if not history or history[-1] != context.id:
                     history = (*history, context.id)
-                until = (datetime.now(UTC) + expires).isoformat() if expires else None
+                until = (datetime.now(UTC) + expires).isoformat() if expires is not None else None
                 until = until or (before.expires if before else None)
                 made = before.created if before else context.manifest.created
                 self._point(Entry(name, context.id, history, made, until, unfinished))
@@ -373,6 +389,11 @@ class Store:
             path.unlink(missing_ok=True)
         self.gc()
 
+    def forget_reading(self, name: str) -> None:
+        """Remove what an interrupted reading of a text left under `reading_name`, where there is any."""
+        if self.look(reading_name(name)) is not None:
+            self.remove(reading_name(name))
+
     def export(self, name: str, path: str | Path) -> None:
         """Write a context's file elsewhere."""
         self._load(self.entry(name).id).save(path)
@@ -389,9 +410,16 @@ class Store:
     @contextlib.contextmanager
     def incoming(self) -> Iterator[BinaryIO]:
         """A temporary file in the folder, for what is to be imported; it goes at the end of the ``with`` block, or is
-        one of those that `gc` removes."""
-        with tempfile.NamedTemporaryFile(dir=self._objects, prefix=".", suffix=".tmp") as file:
-            yield file  # type: ignore[misc]
+        one of those that `gc` removes.
+
+        Raises:
+            StorageError: the disk failed, here or in the ``with`` block.
+        """
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._objects, prefix=".", suffix=".tmp") as file:
+                yield file  # type: ignore[misc]
+        except OSError as error:
+            raise StorageError(f"{self.folder}: the file cannot be kept ({error.strerror})") from None
 
     def import_(self, path: str | Path, name: str, *, replace: bool = False) -> Context:
         """Take a context's file in under a name.
@@ -411,7 +439,7 @@ class Store:
         """
         with self._lock:
             try:
-                self._ram.drop(context.id)
+                self._loaded.ram.drop(self.folder, context.id)
                 self._load(context.id)
             except ContextError:  # not there, or damaged: this is a good copy
                 self._path(context.id).unlink(missing_ok=True)
@@ -424,7 +452,7 @@ class Store:
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         manifests = self.manifests()
         if not manifests:
-            return Found(None, 0, "miss: nothing is stored")
+            return Found(None, 0, "miss: nothing is stored", "nothing_stored")
         own = reader.fingerprints
         fitting = {
             (m.tokens, m.text): id_
@@ -434,7 +462,8 @@ class Store:
             if not m.composed and all(getattr(m, what) == value for what, value in own.items())
         }
         if not fitting:
-            return Found(None, 0, f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer")
+            reason = f"miss: none of {len(manifests)} stored contexts is of this model and tokenizer"
+            return Found(None, 0, reason, "other_model")
         data, running, done = token_bytes(ids), hashlib.sha256(), 0
         matches: list[str] = []
         for length in sorted({n for n, _ in fitting if n <= len(ids)}):
@@ -450,8 +479,8 @@ class Store:
                 reason = f"miss: {error}"
                 continue
             n = len(context.tokens)
-            return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}")
-        return Found(None, 0, reason)
+            return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}", "prefix")
+        return Found(None, 0, reason, "unusable" if matches else "no_prefix")
 
     # -- room ------------------------------------------------------------------------------------------------------
 
@@ -460,13 +489,14 @@ class Store:
         sizes = self._sizes()
         heads = {e.id for e in self.entries()}
         older = {id_ for e in self.entries() for id_ in e.history} - heads
+        ram = self._loaded.ram.held(self.folder)
         return {
             "disk_bytes": sum(sizes.values()),
             "objects": len(sizes),
             "snapshot_bytes": sum(sizes.get(id_, 0) for id_ in older),
-            "ram_bytes": self._ram.bytes,
-            "ram_contexts": len(self._ram),
-            "device_bytes": self._device.bytes,
+            "ram_bytes": sum(c.bytes for c in ram),
+            "ram_contexts": len(ram),
+            "device_bytes": sum(c.bytes for c in self._loaded.device.held(self.folder)),
         }
 
     def gc(self) -> dict[str, int]:
@@ -505,8 +535,8 @@ class Store:
     def _delete(self, id_: str) -> None:
         self._path(id_).unlink(missing_ok=True)
         self._manifests.pop(id_, None)
-        self._ram.drop(id_)
-        self._device.drop(id_)
+        self._loaded.ram.drop(self.folder, id_)
+        self._loaded.device.drop(self.folder, id_)
 
     def _make_room(self, wanted: int, keep: set[str]) -> None:
         """Drop objects until ``wanted`` more bytes fit, and earlier versions until they are within their budget."""
@@ -528,7 +558,7 @@ class Store:
                 gone.append(id_)
         if wanted and (over > 0 or (gone and not sound)):
             why = "" if sound else "; a damaged name keeps everything in place"
-            raise ContextError(
+            raise StorageError(
                 f"{self.folder}: no room for {wanted:,} bytes more within {self.disk_bytes:,} (the contexts that have "
                 f"names take {sum(sizes.get(h, 0) for h in heads):,}){why}; remove some or raise the limit"
             )
@@ -572,6 +602,11 @@ def _checked(name: str) -> str:
             "first, at most 128 (a file is taken in by `context import`)"
         )
     return name
+
+
+def reading_name(name: str) -> str:
+    """Of what is stored while a long text is read into ``name``, which means nothing until all is read."""
+    return f"{name[:120]}.reading"
 
 
 def summary(entry: Entry, manifest: Manifest | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ CHUNK = 512
 # Rows of an invariant step are a multiple of this. Torch's loops on a CPU take the numbers left over behind the last
 # full vector one by one, by functions that round differently: a row may not be among those.
 ROWS = 32
+CALLS = 0.02  # seconds that `Engine.call`s may take between two steps, or one of them as long as it takes
+DRAWN = 64  # random numbers of a request that are drawn at a time: one by one they take longer than all else of a token
 
 
 class Full(RuntimeError):
@@ -75,8 +77,7 @@ class Request:
     constraint: Constraint | None = None
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What happened to a request: prompt tokens read so far, or a token written, or its end."""
 
     read: int = 0
@@ -109,8 +110,7 @@ class Ticket:
             self.generator.seed()
         else:
             self.generator.manual_seed(request.seed)
-        self.seen: Tensor | None = None
-        self.counts: Tensor | None = None
+        self._uniforms: list[float] = []
         self.joined: float | None = None  # what `Shares.mark` said then
         self.joules: float | None = None
 
@@ -126,7 +126,10 @@ class Ticket:
             self.cancelled, self._emit = True, lambda event: None
 
     def uniform(self) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
+        """The next of its random numbers, which are the generator's, one after another."""
+        if not self._uniforms:
+            self._uniforms = torch.rand(DRAWN, dtype=torch.float64, generator=self.generator).tolist()[::-1]
+        return self._uniforms.pop()
 
 
 @dataclass
@@ -203,6 +206,9 @@ class Engine:
         self.vocabulary = vocabulary or model.config.vocab_size
         self.device = next(model.parameters()).device
         self.pool = model.init_state(-(-slots // ROWS) * ROWS if invariant else slots)
+        # What penalties ask for, a row as in the pool: which tokens were seen, how often each was written.
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
         self.counters = Counters()
         self._shares = Shares(energy) if energy is not None else None
         self._graphs: dict[int, tuple[CapturedStep, Tensor]] | None = (
@@ -210,6 +216,7 @@ class Engine:
         )
         self._waiting: deque[Ticket] = deque()
         self._reading: deque[Ticket] = deque()
+        self._shortest_first = False  # in the next step
         self._running: list[Ticket] = []  # a request's place here is its row of the pool
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._numbers = itertools.count(1)
@@ -298,13 +305,16 @@ class Engine:
     @torch.no_grad()
     def step(self) -> None:
         """Read up to `chunk` prompt tokens, then decode one token of every running request."""
-        while self._calls:
+        until = time.perf_counter() + CALLS
+        for _ in range(len(self._calls)):
             function, future = self._calls.popleft()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
                 except BaseException as error:  # it is the caller's
                     future.set_exception(error)
+            if time.perf_counter() > until:
+                break
         with self._changed:
             for ticket in [t for t in self._waiting if t.cancelled]:
                 self._waiting.remove(ticket)
@@ -321,13 +331,20 @@ class Engine:
                 self._decode()
             except Exception as error:
                 log.exception("a decoding step failed; its %d requests end", len(self._running))
-                for ticket in list(self._running):
-                    self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+                self._fail(list(self._running), error)
 
     def _read_some(self) -> None:
-        """Up to `chunk` prompt tokens: of one request after another, or (not invariant) of several in one go."""
+        """Up to `chunk` prompt tokens: of one request after another, or (not invariant) of several in one go.
+
+        Those who have waited longest and those with the least left come first in turn: no long text keeps short prompts
+        waiting until it is read, nor they it.
+        """
+        order = list(self._reading)
+        if self._shortest_first:
+            order.sort(key=lambda ticket: len(ticket.request.prompt) - ticket.done)
+        self._shortest_first = not self._shortest_first
         budget, together = self.chunk, list[tuple[Ticket, int]]()
-        for ticket in list(self._reading):
+        for ticket in order:
             size = min(len(ticket.request.prompt) - ticket.done, self.chunk - ticket.position % self.chunk)
             if together and size > budget:
                 break
@@ -344,7 +361,21 @@ class Engine:
                     groups = [[one] for one in group]
                     continue
                 log.exception("request %d: reading its prompt failed", group[0][0].number)
-                self._leave(group[0][0], "error", error=f"{type(error).__name__}: {error}")
+                self._fail([group[0][0]], error)
+                continue
+            self._begin_writing([ticket for ticket, _ in group if ticket.done == len(ticket.request.prompt)])
+
+    def _begin_writing(self, tickets: list[Ticket]) -> None:
+        """First tokens of requests whose prompts are read; those that ask for none end."""
+        try:
+            self._start([ticket for ticket in tickets if not self._only_read(ticket)])
+        except Exception as error:
+            log.exception("the first tokens of %d requests failed", len(tickets))
+            self._fail([t for t in tickets if t.row >= 0 or t in self._reading], error)
+
+    def _fail(self, tickets: list[Ticket], error: Exception) -> None:
+        for ticket in tickets:
+            self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
 
     def _begin(self, ticket: Ticket) -> State:
         """The state before a ticket's next piece."""
@@ -377,12 +408,8 @@ class Engine:
                 ticket.logits = out.logits[:, row]
                 ticket.done, ticket.position = ticket.done + size, ticket.position + size
                 self.counters.prompt_tokens += size
-        ready = []
         for ticket, _ in group:
             ticket.emit(Event(read=ticket.done))
-            if ticket.done == len(ticket.request.prompt):
-                ready.append(ticket)
-        self._start([ticket for ticket in ready if not self._only_read(ticket)])
 
     def _only_read(self, ticket: Ticket) -> bool:
         """Ends a request that asks for no token."""
@@ -415,12 +442,16 @@ class Engine:
 
     def _remember(self, ticket: Ticket) -> None:
         """What penalties ask for."""
-        sampling, size = ticket.request.sampling, self.model.config.vocab_size
+        sampling, size = ticket.request.sampling, (self.slots, self.model.config.vocab_size)
         if sampling.repetition_penalty != 1.0:
-            ticket.seen = torch.zeros(size, dtype=torch.bool, device=self.device)
-            ticket.seen[self._tokens(ticket).long().to(self.device)] = True
+            if self._seen is None:
+                self._seen = torch.zeros(size, dtype=torch.bool, device=self.device)
+            self._seen[ticket.row] = False
+            self._seen[ticket.row, self._tokens(ticket).long().to(self.device)] = True
         if sampling.counts:
-            ticket.counts = torch.zeros(size, dtype=torch.int32, device=self.device)
+            if self._counts is None:
+                self._counts = torch.zeros(size, dtype=torch.int32, device=self.device)
+            self._counts[ticket.row] = 0
 
     def _decode(self) -> None:
         running = list(self._running)
@@ -476,29 +507,24 @@ class Engine:
         own[:, self.vocabulary :] = -torch.inf
         settings = [t.request.sampling for t in tickets]
         uniform = torch.tensor(
-            [t.uniform() if s.temperature > 0 else 0.0 for t, s in zip(tickets, settings, strict=True)]
+            [t.uniform() if s.temperature > 0 else 0.0 for t, s in zip(tickets, settings, strict=True)],
+            dtype=torch.float64,
         )
-
-        def stacked(parts: list[Tensor | None]) -> Tensor | None:
-            some = next((p for p in parts if p is not None), None)
-            return None if some is None else torch.stack([some if p is None else p for p in parts])
-
         bound = own
         if masks:
             at = [n for n, t in enumerate(tickets) if t.number in masks]
             may = torch.stack([masks[tickets[n].number] for n in at]).to(self.device)
             bound = own.clone()  # log probabilities and kept states are of the model's own logits
             bound[at] = bound[at].masked_fill(~may, -torch.inf)
-        chosen = sample(
-            bound, settings, uniform, stacked([t.seen for t in tickets]), stacked([t.counts for t in tickets])
-        )
-        logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
-        for n, ticket in enumerate(tickets):
-            if ticket.request.logprobs is not None:
-                line = torch.log_softmax(own[n].double(), -1)  # row by row: of several it depends on their number
-                top = line.topk(ticket.request.logprobs)
-                pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-                logprobs[n] = float(line[chosen[n]]), pairs
+        rows = [t.row for t in tickets]
+        seen = self._seen[rows] if self._seen is not None and any(s.repetition_penalty != 1 for s in settings) else None
+        counts = self._counts[rows] if self._counts is not None and any(s.counts for s in settings) else None
+        chosen = sample(bound, settings, uniform, seen, counts)
+        if seen is not None and self._seen is not None:
+            self._seen[rows, chosen] = True
+        if counts is not None and self._counts is not None:
+            self._counts[rows, chosen] += 1
+        logprobs = _logprobs(own, chosen, [t.request.logprobs for t in tickets])
         for n, (ticket, token) in enumerate(zip(tickets, chosen.tolist(), strict=True)):
             self._wrote(ticket, token, own[n : n + 1], *logprobs.get(n, (0.0, ())))
 
@@ -509,10 +535,6 @@ class Engine:
         ticket.last = token
         ticket.written.append(token)
         self.counters.tokens += 1
-        if ticket.seen is not None:
-            ticket.seen[token] = True
-        if ticket.counts is not None:
-            ticket.counts[token] += 1
         ticket.emit(Event(token=token, logprob=logprob, top=top))
         finish: Finish | None = "length" if len(ticket.written) >= ticket.request.max_tokens else None
         if (constraint := ticket.request.constraint) is not None:
@@ -556,12 +578,28 @@ class Engine:
             if ticket.row >= 0:
                 last = self._running.pop()
                 if last is not ticket:  # it takes the place that becomes free
-                    for pool in self.pool.values():
-                        pool[ticket.row].copy_(pool[last.row])
+                    for pool in (*self.pool.values(), self._seen, self._counts):
+                        if pool is not None:
+                            pool[ticket.row].copy_(pool[last.row])
                     self._running[ticket.row], last.row = last, ticket.row
-        ticket.row, ticket.state, ticket.logits, ticket.seen, ticket.counts = -1, None, None, None, None
+        ticket.row, ticket.state, ticket.logits = -1, None, None
         self._finish(ticket, finish, final, error)
 
     def _finish(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
         self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
         ticket.emit(Event(read=ticket.done, finish=finish, final=final, error=error, joules=ticket.joules))
+
+
+def _logprobs(logits: Tensor, chosen: Tensor, alternatives: Sequence[int | None]) -> dict[int, tuple[float, tuple]]:
+    """By row, where it has a number of alternatives: the log probability of what was chosen, and the likeliest tokens
+    with theirs."""
+    asked = [(n, k) for n, k in enumerate(alternatives) if k is not None]
+    if not asked:
+        return {}
+    lines = [torch.log_softmax(logits[n].double(), -1) for n, _ in asked]  # of several rows it depends on their number
+    best = [line.topk(k) for line, (_, k) in zip(lines, asked, strict=True)]
+    own = torch.stack([line[chosen[n]] for line, (n, _) in zip(lines, asked, strict=True)]).tolist()
+    pairs = zip(
+        torch.cat([b.indices for b in best]).tolist(), torch.cat([b.values for b in best]).tolist(), strict=True
+    )
+    return {n: (value, tuple(itertools.islice(pairs, k))) for value, (n, k) in zip(own, asked, strict=True)}

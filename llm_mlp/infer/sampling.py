@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,8 @@ class Sampling:
     Args:
         temperature: 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens that holds this probability.
+        top_p: keep the smallest set of most likely tokens that holds this probability, and what is as likely as
+            the least of them.
         min_p: keep tokens at least this likely relative to the most likely one.
         repetition_penalty: divide positive and multiply negative logits of tokens seen (arXiv 1909.05858); 1 is off.
         presence_penalty, frequency_penalty: subtracted from logits of tokens written so far, once and as often as they
@@ -55,20 +56,6 @@ class Sampling:
         """Whether it asks what was written before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    def changed(self, logits: Tensor, seen: Tensor, written: Tensor) -> Tensor:
-        """One row's logits ``[vocabulary]`` with penalties and bias."""
-        if self.repetition_penalty != 1.0:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        if self.counts:
-            often = written.to(logits.dtype)
-            logits = logits - self.frequency_penalty * often - self.presence_penalty * (often > 0)
-        if self.logit_bias:
-            logits = logits.clone()
-            ids = torch.tensor(list(self.logit_bias), device=logits.device)
-            logits[ids] += torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype, device=logits.device)
-        return logits
-
 
 def sample(
     logits: Tensor,
@@ -84,12 +71,7 @@ def sample(
         seen: bool ``[B, vocabulary]``, tokens the repetition penalty applies to. written: int ``[B, vocabulary]``, how
             often each was written. Both may be None where no row asks for them.
     """
-    if changed := [b for b, s in enumerate(settings) if s.repetition_penalty != 1.0 or s.counts or s.logit_bias]:
-        logits = logits.clone()
-        empty = torch.zeros_like(logits[0], dtype=torch.bool)
-        for b in changed:
-            before = (empty if x is None else x[b] for x in (seen, written))
-            logits[b] = settings[b].changed(logits[b], *before)
+    logits = _changed(logits, settings, seen, written)
     tokens = logits.argmax(-1)
     drawn = [b for b, own in enumerate(settings) if own.temperature > 0]
     if drawn:
@@ -98,23 +80,55 @@ def sample(
     return tokens
 
 
+def _column(like: Tensor, values: Iterable[float], dtype: torch.dtype) -> Tensor:
+    """A number for each row, ``[B, 1]``."""
+    return torch.tensor(list(values), dtype=dtype, device=like.device)[:, None]
+
+
+def _changed(logits: Tensor, settings: Sequence[Sampling], seen: Tensor | None, written: Tensor | None) -> Tensor:
+    """Logits with penalties and bias; those given stay as they are."""
+    repeated = [b for b, own in enumerate(settings) if own.repetition_penalty != 1.0] if seen is not None else []
+    counted = [b for b, own in enumerate(settings) if own.counts] if written is not None else []
+    biased = [(b, i, x) for b, own in enumerate(settings) for i, x in own.logit_bias.items()]
+    if not (repeated or counted or biased):
+        return logits
+    logits = logits.clone()
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    if repeated:
+        assert seen is not None
+        own = logits[repeated].to(exact)
+        penalty = _column(logits, (settings[b].repetition_penalty for b in repeated), exact)
+        penalised = torch.where(own > 0, own / penalty, own * penalty)
+        logits[repeated] = torch.where(seen[repeated], penalised, own).to(logits.dtype)
+    if counted:
+        assert written is not None
+        often = written[counted].to(exact)
+        frequency = _column(logits, (settings[b].frequency_penalty for b in counted), exact)
+        presence = _column(logits, (settings[b].presence_penalty for b in counted), exact)
+        logits[counted] = (logits[counted] - frequency * often - presence * (often > 0)).to(logits.dtype)
+    if biased:
+        rows, ids, values = zip(*biased, strict=True)
+        logits[rows, ids] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    return logits
+
+
 def _draw(logits: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return _column(logits, values, dtype)
 
     # The largest is 0, so that no temperature however low overflows.
-    logits = (logits.double() - logits.amax(-1, keepdim=True)) / column([s.temperature for s in settings])
-    for b, own in enumerate(settings):
-        if own.top_k and own.top_k < logits.shape[-1]:
-            kth = logits[b].topk(own.top_k).values[-1]
-            logits[b] = logits[b].masked_fill(logits[b] < kth, -torch.inf)
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / column(s.temperature for s in settings)
+    if some := [b for b, own in enumerate(settings) if 0 < own.top_k < logits.shape[-1]]:
+        most = [settings[b].top_k for b in some]
+        kth = logits[some].topk(max(most)).values.gather(1, column(most, torch.int64) - 1)
+        logits[some] = logits[some].masked_fill(logits[some] < kth, -torch.inf)
     probabilities = torch.softmax(logits, -1)
     if any(own.min_p for own in settings):
-        least = column([s.min_p for s in settings]) * probabilities.amax(-1, keepdim=True)
+        least = column(s.min_p for s in settings) * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities * (probabilities >= least)
-    for b, own in enumerate(settings):
-        if own.top_p < 1:
-            probabilities[b] = _nucleus(probabilities[b], own.top_p)
+    if some := [b for b, own in enumerate(settings) if own.top_p < 1]:
+        own = probabilities[some]
+        probabilities[some] = own * (own >= _least(own, column(settings[b].top_p for b in some)))
     # Inverse of the distribution function; rounding at its end must not choose a token that cannot be.
     running = probabilities.cumsum(-1)
     token = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True)[:, 0]
@@ -122,11 +136,14 @@ def _draw(logits: Tensor, settings: Sequence[Sampling], uniform: Tensor) -> Tens
     return torch.minimum(token, last)
 
 
-def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Probabilities ``[vocabulary]``, zero outside the smallest set of most likely tokens that holds ``top_p``."""
-    wanted = top_p * p.sum()
-    ordered, order = p.topk(min(TOP, len(p)))
-    if ordered.sum() < wanted:
-        ordered, order = p.sort(descending=True, stable=True)
-    keep = order[ordered.cumsum(0) - ordered < wanted]  # the first token always stays
-    return torch.zeros_like(p).index_copy(0, keep, p[keep])
+def _least(p: Tensor, top_p: Tensor, among: int = TOP) -> Tensor:
+    """The least probability in the smallest set of most likely tokens that holds ``top_p``, looked for ``among`` so
+    many at first; ``[B, vocabulary]``, ``[B, 1]`` -> ``[B, 1]``."""
+    # Sums are running ones: those of `sum` may depend, in the last bit, on the number of rows.
+    wanted = top_p * p.cumsum(-1)[:, -1:]
+    ordered = p.topk(min(among, p.shape[-1])).values
+    running = ordered.cumsum(-1)
+    least = ordered.masked_fill(running - ordered >= wanted, torch.inf).amin(-1, keepdim=True)
+    if among < p.shape[-1] and (further := (running[:, -1:] < wanted)[:, 0]).any():
+        least[further] = _least(p[further], top_p[further], p.shape[-1])
+    return least

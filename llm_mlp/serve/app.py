@@ -56,7 +56,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "description": "400 cannot be served (`param`: the field), 401 no key, 404 nothing of that name, 405 no such "
         "method, 409 taken or not fitting, 413 too large, 429 busy",
     },
-    "5XX": {"model": answers.Error, "description": "500 failed, 503 not running, 504 over time"},
+    "5XX": {
+        "model": answers.Error,
+        "description": "500 failed, 503 not running, 504 over time, 507 no room in the store",
+    },
 }
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -156,7 +159,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(ContextError)
     async def _(http: HTTP, error: ContextError) -> Response:
-        return _error(409, str(error), "context")
+        told = service.refusal(error, "context")
+        return _error(told.status, told.message, told.field)
 
     @app.exception_handler(RequestValidationError)
     async def _(http: HTTP, error: RequestValidationError) -> Response:
@@ -237,6 +241,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         )
         n = body.n or 1
         writer = _Writer(service, kind, prompt, body, user)
+        writer.facts |= {"ignored": body.ignored} if body.ignored else {}
         http.state.facts = writer.facts
         # An answer that follows a grammar ends by it: a text that is allowed there is no end of a turn.
         stops = body.stops if grammar is not None else kind.stops
@@ -282,7 +287,7 @@ def _free(service: Service, user: str, name: str, field: str) -> None:
     try:
         there = service.store(user).look(name)
     except ContextError as error:
-        raise Refused(400, str(error), field) from None
+        raise Refused(400, service.told(str(error)), field) from None
     if there is not None:
         raise Refused(409, f"context {name!r} exists; choose another name", field)
 
@@ -306,7 +311,7 @@ async def _read_context(
         if base is not None and prompt.base is not None and prompt.base.transition is not None:
             pieces = service.observed(prompt)  # it stays composable
         else:
-            pieces = service.run(Request(prompt.ids, 0, start=prompt.start, keep=True), [])
+            pieces = service.reading(prompt, user, body.name if isinstance(body, ContextRequest) else None)
 
     async def done(piece: Piece) -> dict[str, Any]:
         def commit() -> None:
@@ -315,6 +320,7 @@ async def _read_context(
             parent = prompt.base if base is not None else None
             context = service.reader.wrap(piece.final, parent, piece.transition)
             service.store(user).commit(context, name, expires=_until(body.expires_seconds))
+            service.store(user).forget_reading(name)
 
         await asyncio.to_thread(commit)
         found = await asyncio.to_thread(_row, service, user, name)
@@ -327,7 +333,8 @@ async def _read_context(
                 if piece.final is not None:
                     yield _event(await done(piece))
         except (ContextError, Refused, Full) as error:  # the status has been sent
-            yield _event({"error": {"message": str(error)}})
+            told = service.refusal(error) if isinstance(error, ContextError) else error
+            yield _event({"error": {"message": str(told)}})
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
         yield "data: [DONE]\n\n"
@@ -351,7 +358,9 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
     @app.get("/v1/contexts", response_model=answers.ContextList)
     async def contexts(user: User) -> dict[str, Any]:
         def rows() -> list[dict[str, Any]]:
-            return [_row(service, user, entry.name) for entry in service.store(user).entries()]
+            store = service.store(user)
+            known = store.manifests()  # a damaged file has none
+            return [{"object": "context", **summary(entry, known.get(entry.id))} for entry in store.entries()]
 
         return {"object": "list", "data": await asyncio.to_thread(rows), "usage": service.store(user).usage()}
 
@@ -462,7 +471,7 @@ def _add_context_tools(app: FastAPI, service: Service) -> None:
         try:
             store.look(name)
         except ContextError as error:
-            raise Refused(400, str(error), "name") from None
+            raise Refused(400, service.told(str(error)), "name") from None
         with store.incoming() as file:
             try:
                 async for piece in http.stream():
@@ -470,8 +479,6 @@ def _add_context_tools(app: FastAPI, service: Service) -> None:
                 await asyncio.to_thread(file.flush)
             except ClientDisconnect:
                 raise Refused(499, "the client has gone") from None
-            except OSError as error:
-                raise Refused(507, f"the file cannot be kept ({error.strerror})") from None
 
             def take() -> None:
                 try:

@@ -21,7 +21,20 @@ from llm_mlp.infer import Sampling
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # clients send fields of newer versions
+    """A body of OpenAI's: clients send fields of newer versions, which are ignored and named in the log."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of fields that mean nothing here."""
+        return [name[:64] for name in list(self.model_extra or {})[:16]]
+
+
+class OwnBody(BaseModel):
+    """A body of this project's own paths."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class Generation(Body):
@@ -239,11 +252,17 @@ class CompletionRequest(Generation):
     prompt: str | list[int] | list[str]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
+    suffix: str | None = Field(None, description="not served: a text is continued at its end alone")
+    best_of: int | None = Field(None, description="not served beyond n: all answers are sent")
 
     @model_validator(mode="after")
     def _served(self) -> CompletionRequest:
         if self.echo:
             raise ValueError("echo: not served; the prompt is the client's already")
+        if self.suffix:
+            raise ValueError("suffix: not served; a text is continued at its end alone")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of: not served; n asks for several answers, all of which are sent")
         if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str) and len(self.prompt) > 1:
             raise ValueError("prompt: one text or one list of ids a request")
         return self
@@ -260,6 +279,13 @@ class EmbeddingRequest(Body):
     model: str = ""
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, description="not served: embeddings have the model's width")
+
+    @field_validator("dimensions")
+    @classmethod
+    def _whole(cls, value: int | None) -> None:
+        if value is not None:
+            raise ValueError("not served; embeddings have the model's width, leave it out")
 
     @property
     def texts(self) -> list[str | list[int]]:
@@ -273,7 +299,7 @@ class EmbeddingRequest(Body):
 Expires = Annotated[float | None, Field(gt=0, le=10 * 365 * 86400)]
 
 
-class ContextRequest(Body):
+class ContextRequest(OwnBody):
     name: str
     text: str = Field(min_length=1)
     expires_seconds: Expires = None
@@ -281,21 +307,21 @@ class ContextRequest(Body):
     stream: bool = False
 
 
-class AppendRequest(Body):
+class AppendRequest(OwnBody):
     text: str = Field(min_length=1)
     expires_seconds: Expires = None
     stream: bool = False
 
 
-class ComposeRequest(Body):
+class ComposeRequest(OwnBody):
     contexts: list[str] = Field(min_length=1, max_length=16)  # the work grows with the square of their number
     recall: bool = Field(False, description="measure what comes back of each, beside reading them as one text")
     expires_seconds: Expires = None
 
 
-class ForkRequest(Body):
+class ForkRequest(OwnBody):
     to: str
 
 
-class UndoRequest(Body):
+class UndoRequest(OwnBody):
     steps: int = Field(1, ge=1)

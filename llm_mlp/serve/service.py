@@ -8,9 +8,11 @@ import hashlib
 import hmac
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +24,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from llm_mlp.context import (
     Context,
     ContextError,
+    Loaded,
     Reader,
     Recall,
     SourceRecall,
+    StorageError,
     Store,
     ask,
     composing,
@@ -32,6 +36,7 @@ from llm_mlp.context import (
     plant,
     plant_each,
 )
+from llm_mlp.context.store import reading_name
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.energy import Energy
@@ -44,6 +49,9 @@ from llm_mlp.serve.protocol import Generation, Message
 log = logging.getLogger("llm_mlp.serve")
 
 GIB = 2**30
+# Tokens after which a long reading is stored, so that who asks again for what was cut off does not begin anew, and how
+# long that is kept.
+STRIDE, KEPT = 65_536, timedelta(days=1)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 Found = TypeVar("Found")
 
@@ -56,7 +64,8 @@ class Settings:
         name: of the model in answers. keys: API keys; none: everybody is one user, on this machine only.
         slots, chunk, queue, invariant: as `llm_mlp.infer.Engine`. memory: bytes for running and stored states; None:
             no bound.
-        store: folder of stored contexts; each key has one of its own in it.
+        store: folder of stored contexts; each key has one of its own in it. store_bytes: of each of these; None: as
+            `llm_mlp.context.Store`.
         max_tokens: written at most by a request. max_prompt: read at most. max_body: bytes of a request.
         max_upload: bytes of a context's file that is imported.
         timeout: seconds a request may take.
@@ -72,6 +81,7 @@ class Settings:
     invariant: bool = False
     memory: int | None = None
     store: Path | None = None
+    store_bytes: int | None = None
     max_tokens: int = 4096
     max_prompt: int = 10_000_000
     max_body: int = 32 * 2**20
@@ -136,6 +146,29 @@ class Text:
         return out
 
 
+class _Mail:
+    """Events for an event loop's queues. However many come before the loop looks, it is woken once for all of them:
+    waking it takes longer than all else of a token."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting = deque[tuple[asyncio.Queue, Any]]()
+        self._told = False
+
+    def put(self, queue: asyncio.Queue, item: Any) -> None:
+        """From any thread."""
+        self._waiting.append((queue, item))
+        if not self._told:
+            self._told = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._told = False  # first: what comes from here on wakes the loop again
+        while self._waiting:
+            queue, item = self._waiting.popleft()
+            queue.put_nowait(item)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is read for a request: ids behind a start, and where the start came from."""
@@ -183,17 +216,19 @@ class Service:
         self.grammars = Grammars(tokenizer, max_bytes=settings.schema_bytes, seconds=settings.schema_seconds)
         # Not asyncio's threads: schemas that take long may keep only one another waiting.
         self._compilers = ThreadPoolExecutor(2, "grammar")
-        self._stored = stored
+        held = "device_bytes" if self.reader.device.type == "cuda" else "ram_bytes"
+        self._loaded = Loaded() if settings.memory is None else Loaded(**{held: stored})
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._observing = asyncio.Lock()
+        self._mail: _Mail | None = None
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("llm_mlp_requests", "Requests by path and status.", ["path", "status"], **own)
         self.written = Counter("llm_mlp_tokens", "Tokens written.", **own)
         self.prompted = Counter("llm_mlp_prompt_tokens", "Tokens of prompts.", ["source"], **own)
-        self.lookups = Counter("llm_mlp_cache_lookups", "Prompts by what was stored.", ["result"], **own)
+        self.lookups = Counter("llm_mlp_cache_lookups", "Prompts by what was stored.", ["result", "reason"], **own)
         self.first = Histogram("llm_mlp_first_token_seconds", "Until the first token.", buckets=SECONDS, **own)
         self.between = Histogram("llm_mlp_token_seconds", "Between two tokens.", buckets=SECONDS, **own)
         self.registry.register(_Gauges(self))
@@ -229,8 +264,8 @@ class Service:
             if user not in self._stores:
                 folder = self.settings.store or default_folder()
                 own = folder / "users" / user if user else folder
-                ram = {} if self.settings.memory is None else {"ram_bytes": self._stored}
-                self._stores[user] = Store(own, **ram)
+                limits = {"disk_bytes": self.settings.store_bytes} if self.settings.store_bytes else {}
+                self._stores[user] = Store(own, loaded=self._loaded, **limits)
             return self._stores[user]
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -245,18 +280,18 @@ class Service:
         if context is not None:
             found = self.context(user, context)
             n = len(found.tokens)
-            self.lookups.labels("context").inc()
+            self.lookups.labels("hit", "context").inc()
             return Prompt(ids, found.start, found, n, f"hit: context {context!r}, {n} tokens")
         if not ids:
             raise Refused(400, "the prompt is empty", "prompt")
         known = self.store(user).find(ids, self.reader)
         if known.context is not None and self.settings.invariant and known.cached_tokens % self.settings.chunk:
             reason = f"miss: {known.cached_tokens} tokens are stored, which is no multiple of {self.settings.chunk}"
-            self.lookups.labels("miss").inc()
+            self.lookups.labels("miss", "unaligned").inc()
             return Prompt(ids, reason=reason)
-        self.lookups.labels("miss" if known.context is None else "hit").inc()
+        self.lookups.labels("miss" if known.context is None else "hit", known.kind).inc()
         if known.context is None:
-            return Prompt(ids, reason=known.reason)
+            return Prompt(ids, reason=self.told(known.reason))
         n = known.cached_tokens
         return Prompt(ids[n:], known.context.start, known.context, n, known.reason)
 
@@ -307,14 +342,22 @@ class Service:
         try:
             return store.get(name, self.reader)
         except ContextError as error:
-            raise Refused(409, str(error), "context") from None
+            raise self.refusal(error, "context") from None
+
+    def refusal(self, error: ContextError, field: str | None = None) -> Refused:
+        """What is told of it: 507 where the store is what failed, else 409."""
+        return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), field)
+
+    def told(self, text: str) -> str:
+        """A message of the store's, without where it lies."""
+        return text.replace(str(self.settings.store or default_folder()), "the store")
 
     def known(self, user: str, name: str) -> None:
         """Raises `Refused` unless ``name`` is a context's."""
         try:
             there = self.store(user).look(name)
         except ContextError as error:
-            raise Refused(400, str(error), "context") from None
+            raise Refused(400, self.told(str(error)), "context") from None
         if there is None:
             raise Refused(404, f"context {name!r} does not exist", "context", "context_not_found")
 
@@ -322,13 +365,13 @@ class Service:
         """Store the state after an answer: a new version where ``name`` means what was gone on from.
 
         Raises:
-            Refused: the name means another text, or there is no room.
+            Refused: 409 the name means another text, 507 there is no room.
         """
         context = self.reader.wrap(end, base)
         try:
             self.store(user).commit(context, name)
         except ContextError as error:
-            raise Refused(409, str(error), "save_context") from None
+            raise self.refusal(error, "save_context") from None
         return {"name": name, "id": context.id, "tokens": len(context.tokens)}
 
     async def grammar(self, body: Generation) -> Grammar | None:
@@ -364,10 +407,12 @@ class Service:
         n: int = 1,
         closing: Sequence[int] = (),
         grammar: Grammar | None = None,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
 
         ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
+        ``deadline``: by the loop's clock; None: the timeout from now.
 
         Raises:
             Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed.
@@ -375,7 +420,7 @@ class Service:
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
-        deadline = started + self.settings.timeout
+        deadline = deadline or started + self.settings.timeout
         before: float | None = None  # joules
         if n > 1:
             load = self.engine.load
@@ -386,11 +431,10 @@ class Service:
                 end = await self._read(replace(request, max_tokens=0, keep=True))
                 request, before = replace(request, prompt=[], start=end.final), end.joules
 
-        def emitter(index: int) -> Callable[[Event], None]:
-            def emit(event: Event) -> None:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+        mail = self._mail = self._mail if self._mail is not None and self._mail.loop is loop else _Mail(loop)
 
-            return emit
+        def emitter(index: int) -> Callable[[Event], None]:
+            return lambda event: mail.put(queue, (index, event))
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
@@ -454,6 +498,41 @@ class Service:
         finally:
             for ticket in tickets:
                 ticket.cancel()
+
+    async def reading(self, prompt: Prompt, user: str, name: str | None) -> AsyncGenerator[Piece, None]:
+        """Reads a prompt, which may be a book: every `STRIDE` tokens what is read is stored beside ``name`` (None: it
+        is not), where a prompt that begins with it finds it.
+
+        Raises:
+            Refused: 504 over time; what was stored is not lost. `llm_mlp.infer.Full`: the queue is full.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        stride = -(-STRIDE // self.settings.chunk) * self.settings.chunk
+        start, done, total = prompt.start, 0, len(prompt.ids)
+        while True:
+            end = total if name is None else min(total, done + stride - (prompt.cached + done) % stride)
+            request = Request(prompt.ids[done:end], 0, start=start, keep=True)
+            try:
+                async with contextlib.aclosing(self.run(request, [], deadline=deadline)) as pieces:
+                    async for piece in pieces:
+                        piece.read += done
+                        if piece.final is not None and end < total:
+                            start, piece.final, piece.finish = piece.final, None, None
+                            await asyncio.to_thread(self._keep_reading, user, reading_name(name or ""), start)
+                        yield piece
+            except Refused as error:
+                if error.status == 504 and done:
+                    error.message += f"; {prompt.cached + done:,} tokens are kept: ask again to go on from there"
+                raise
+            done = end
+            if done == total:
+                return
+
+    def _keep_reading(self, user: str, name: str, start: Start) -> None:
+        try:
+            self.store(user).commit(self.reader.wrap(start), name, expires=KEPT, replace=True, unfinished=True)
+        except ContextError as error:  # the reading itself goes on
+            log.warning("a reading that is cut off will begin anew: %s", error)
 
     async def _read(self, request: Request) -> Piece:
         """With the state after a prompt of which nothing is written."""

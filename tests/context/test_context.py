@@ -18,7 +18,7 @@ import torch
 from model_cases import random_model
 from safetensors.torch import load_file, save_file
 
-from llm_mlp.context import Context, ContextError, Reader, Store, compose, describe, diff
+from llm_mlp.context import Context, ContextError, Loaded, Reader, StorageError, Store, compose, describe, diff
 from llm_mlp.context import format as files
 from llm_mlp.context.store import examine
 from llm_mlp.infer import Sampling, generate
@@ -141,7 +141,7 @@ def test_a_full_disk_loses_nothing(reader, store, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(files, "save_file", full)
-        with pytest.raises(ContextError, match="No space left on device.*untouched"):
+        with pytest.raises(StorageError, match="No space left on device.*untouched"):
             store.commit(reader.append(first, TEXT[20:]), "book")
     same(Store(store.folder).get("book"), first)
     assert not list(store.folder.rglob("*.tmp"))
@@ -206,7 +206,7 @@ def test_undo_without_the_earlier_version_reads_again(reader, store):
 def test_bytes_are_bounded(reader, tmp_path):
     made = [reader.create(TEXT[: 20 + i]) for i in range(6)]
     size = max(c.bytes for c in made) + 4096  # with the header
-    store = Store(tmp_path / "s", disk_bytes=3 * size, snapshot_bytes=size, ram_bytes=2 * made[0].bytes + 100)
+    store = Store(tmp_path / "s", disk_bytes=3 * size, snapshot_bytes=size, loaded=Loaded(2 * made[0].bytes + 100))
     for i, c in enumerate(made):  # without names: the oldest go
         store.commit(c)
         os.utime(store.folder / "objects" / f"{c.id}.safetensors", (i, i))
@@ -222,7 +222,7 @@ def test_bytes_are_bounded(reader, tmp_path):
     assert usage["snapshot_bytes"] <= size and usage["disk_bytes"] <= 3 * size
     same(store.get("book"), version)
     store.commit(made[1], "second")
-    with pytest.raises(ContextError, match="no room for .* bytes more"):
+    with pytest.raises(StorageError, match="no room for .* bytes more"):
         for i in (2, 3):
             store.commit(made[i], f"more{i}")
     same(Store(store.folder).get("book"), version)
@@ -372,7 +372,7 @@ def test_kill_9_at_any_moment_loses_no_committed_context(reader, tmp_path):
         lines = child.stdout.read().split()
         child.wait()
         committed = int(lines[-1]) if lines else last + 1
-        store = Store(folder, ram_bytes=0)
+        store = Store(folder, loaded=Loaded(0))
         found = store.get("book", reader)  # whole and of this model, digest and all
         assert committed <= len(found.tokens) <= committed + 1
         assert all(Context.load(p).id == p.stem for p in (folder / "objects").glob("[!.]*.safetensors"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 from model_cases import random_model
 
-from llm_mlp.infer import Engine, Full, Request, Sampling, generate, read_tokens, slots_within, state_bytes
+from llm_mlp.infer import Engine, Full, Request, Sampling, generate, read_tokens, sample, slots_within, state_bytes
+from llm_mlp.infer import engine as engine_module
+from llm_mlp.infer.engine import CALLS
 
 GREEDY = Sampling(0)
 
@@ -101,6 +104,26 @@ def test_seeds_and_logprobs():
             logits = model.step(torch.tensor([token]), state)
 
 
+def test_sampled_tokens_are_those_of_generate():
+    """Of each request by its own seed and rules, also where rows of the pool change places."""
+    model = random_model("plain")
+    rules = [
+        Sampling(1.0),
+        Sampling(0.9, repetition_penalty=1.5),
+        Sampling(1.2, top_k=7, presence_penalty=1.0, frequency_penalty=0.5),
+        Sampling(1.5, top_p=0.8, repetition_penalty=0.8, logit_bias={3: 2.0}),
+        GREEDY,
+        Sampling(0, frequency_penalty=1.5),
+    ]
+    asked = [
+        Request(p, (5, 70, 12)[n % 3], rules[n % len(rules)], seed=n % 4) for n, p in enumerate(prompts(12, longest=9))
+    ]
+    for late in (0, 1):
+        for request, listener in zip(asked, run(Engine(model, slots=5), asked, late), strict=True):
+            how = {"max_tokens": request.max_tokens, "sampling": request.sampling, "seed": request.seed}
+            assert listener.tokens == list(generate(model, request.prompt, **how))
+
+
 def test_stop_and_vocabulary():
     model = random_model("plain")
     free = list(generate(model, [5], max_tokens=30, sampling=GREEDY))
@@ -151,6 +174,75 @@ def test_streams_keep_their_pace():
         assert len(short.tokens) == before + 1
     assert [e.read for e in long.events if e.token is None][:10] == list(range(8, 81, 8))
     until_idle(engine)
+
+
+def test_a_long_prompt_keeps_short_ones_waiting_for_a_step():
+    engine, long, short = Engine(random_model("plain"), slots=3, chunk=8), Listener(), Listener()
+    engine.submit(Request([2] * 800, 0), long)
+    engine.step()
+    engine.submit(Request([1], 4, GREEDY), short)
+    engine.submit(Request([3] * 24, 4, GREEDY), Listener())
+    for _ in range(2):
+        engine.step()
+    assert len(short.tokens) >= 1 and long.finish is None
+    until_idle(engine)
+    assert long.finish == "length"
+
+
+def test_short_prompts_that_keep_coming_let_a_long_one_be_read():
+    engine, long = Engine(random_model("plain"), slots=3, chunk=8), Listener()
+    engine.submit(Request([2] * 80, 0), long)
+    for _ in range(21):  # half of the steps are its
+        engine.submit(Request([1] * 8, 0), Listener())
+        engine.step()
+    assert long.finish == "length"
+
+
+def test_calls_let_streams_write():
+    """Work that asks for more as soon as some is done: a token between any two that are long, several short ones."""
+    engine, stream, done = Engine(random_model("plain"), slots=1), Listener(), []
+
+    def work(seconds):
+        time.sleep(seconds)
+        done.append(seconds)
+        if len(done) < 40:
+            engine.call(lambda: work(seconds))
+
+    engine.submit(Request([1], 200, GREEDY), stream)
+    engine.step()
+    for _ in range(3):
+        engine.call(lambda: work(2 * CALLS))
+    for _ in range(5):
+        before, written = len(done), len(stream.tokens)
+        engine.step()
+        assert (len(done), len(stream.tokens)) == (before + 1, written + 1)
+    done.clear()
+    for _ in range(3):
+        engine.call(lambda: done.append(0))
+    for _ in range(3):
+        engine.step()
+    assert done == [2 * CALLS] * 3  # those that were there before
+    engine.step()
+    assert done[3:6] == [0] * 3
+    until_idle(engine)
+
+
+def test_first_tokens_that_fail_end_their_requests_alone(monkeypatch, caplog):
+    """Prompts that were read in one go are not read again when what follows fails."""
+    engine, running, others = Engine(random_model("plain"), slots=4), Listener(), [Listener(), Listener()]
+    engine.submit(Request([1], 9, GREEDY), running)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine_module, "sample", lambda logits, *rest: 1 / 0 if len(logits) == 2 else sample(logits, *rest)
+        )
+        for n, listener in enumerate(others):
+            engine.submit(Request([2 + n] * 3, 5, GREEDY), listener)
+        engine.step()
+    assert [x.finish for x in others] == ["error"] * 2 and "ZeroDivisionError" in others[0].events[-1].error
+    assert [e.read for e in others[0].events] == [3, 3] and engine.load["free"] == 3
+    until_idle(engine)
+    assert running.finish == "length" and len(running.tokens) == 9
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5])

@@ -120,18 +120,32 @@ def test_bias():
 
 def test_a_row_depends_on_itself_alone():
     """The same row, rules and number among others and alone; a nucleus beyond the first tokens looked at."""
-    logits = torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
+    n = 11
+    logits = torch.randn(n, 3000, generator=torch.Generator().manual_seed(0))
     rules = [
         Sampling(0), Sampling(), Sampling(top_p=0.97), Sampling(1.3, top_k=40, min_p=0.01), Sampling(0.7, 5),
-        Sampling(top_p=0.01), Sampling(repetition_penalty=2.0, logit_bias={3: 5.0}),
+        Sampling(top_p=0.01), Sampling(repetition_penalty=2.0, logit_bias={3: 5.0}), Sampling(top_k=2, top_p=0.9),
+        Sampling(top_p=0.999), Sampling(1.1, repetition_penalty=0.7, presence_penalty=1.0, logit_bias={3: 9, 7: -1}),
+        Sampling(0, frequency_penalty=2.0, logit_bias={5: 1.0}),
     ]  # fmt: skip
-    uniform = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    seen = torch.rand(7, 3000, generator=torch.Generator().manual_seed(2)) < 0.1
-    whole = sample(logits, rules, uniform, seen)
-    for b in range(7):
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seen = torch.rand(n, 3000, generator=torch.Generator().manual_seed(2)) < 0.1
+    written = torch.randint(3, (n, 3000), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    before = logits.clone()
+    whole = sample(logits, rules, uniform, seen, written)
+    for b in range(n):
         row = slice(b, b + 1)
-        assert sample(logits[row], [rules[b]], uniform[row], seen[row]) == whole[b]
+        assert sample(logits[row], [rules[b]], uniform[row], seen[row], written[row]) == whole[b]
+    assert torch.equal(logits, before)
     assert whole[0] == logits[0].argmax() and whole[5] == logits[5].argmax()
+
+
+def test_a_nucleus_holds_what_is_as_likely_as_its_least():
+    """Which of several equals a sort puts first is nobody's choice."""
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
+    numbers = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
+    found = sample(logits.expand(500, -1), [Sampling(top_p=0.75)] * 500, numbers)
+    assert found.unique().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])

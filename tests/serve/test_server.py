@@ -209,6 +209,7 @@ def test_a_stored_text_is_found_by_a_prompt_that_begins_with_it(client, http):
     made = http.post("/v1/contexts", json={"name": "known", "text": "The wheel turned"}).json()
     found = client.completions.create(model="llm-mlp", prompt="The wheel turned all day", max_tokens=3, temperature=0)
     assert found.usage.prompt_tokens_details.cached_tokens == made["tokens"]
+    assert 'llm_mlp_cache_lookups_total{reason="prefix",result="hit"}' in http.get("/metrics").text
     assert (
         found.usage.prompt_tokens_details.cache
         == f"hit: {made['tokens']} of {found.usage.prompt_tokens} tokens from {made['id']}"
@@ -252,7 +253,12 @@ def test_a_saved_answer_ends_where_its_text_does(client, server, model, last):
         ("completions", {"prompt": "a", "logit_bias": {"9999": 1}}, 400, "logit_bias: token 9999"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop"),
         ("completions", {"prompt": "a\ud800"}, 400, "encoded"),
+        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix: not served"),
+        ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of: not served"),
+        ("completions", {"prompt": "a", "best_of": 1, "max_tokens": 1}, 200, ""),
         ("embeddings", {"input": []}, 400, "1 to 2,048"),
+        ("embeddings", {"input": "a", "dimensions": 8}, 400, "dimensions: not served"),
+        ("contexts", {"name": "x", "text": "a", "expires": 3}, 400, "expires"),
         ("contexts", {"name": "../x", "text": "a"}, 400, "is no name for a context"),
         ("contexts", {"name": "x"}, 400, "text"),
         ("contexts/none/append", {"text": "a"}, 404, "does not exist"),

@@ -1,0 +1,200 @@
+"""What goes wrong around a server: disks, files, clients. Whoever is meant is told, nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import socket
+import time
+
+import httpx
+import pytest
+import torch
+from serve_cases import TEXT, serving, small_model
+
+from llm_mlp.context import format as files
+from llm_mlp.serve import service as service_module
+
+STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def served(model, tmp_path):
+    store = tmp_path / "store"
+    with serving(store, model=model, slots=4) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        yield http, service, store
+
+
+def made(http, name, text, **more):
+    found = http.post("/v1/contexts", json={"name": name, "text": text, **more})
+    assert found.status_code == 201, found.text
+    return found.json()
+
+
+@pytest.mark.parametrize("how", ["create", "append", "answer", "upload"])
+def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
+    http, service, folder = served
+    before = made(http, "book", "The mill stood by the river.")
+    file = http.get("/v1/contexts/book/file").content
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if how == "upload":
+            patch.setattr("tempfile.NamedTemporaryFile", full)
+            found = http.put("/v1/contexts/again/file", content=file)
+        else:
+            patch.setattr(files, "save_file", full)
+            found = {
+                "create": lambda: http.post("/v1/contexts", json={"name": "new", "text": "More."}),
+                "append": lambda: http.post("/v1/contexts/book/append", json={"text": " More."}),
+                "answer": lambda: http.post(
+                    "/v1/completions", json={"prompt": " It", "context": "book", "save_context": "book"}
+                ),
+            }[how]()
+    message = found.json()["error"]["message"]
+    assert found.status_code == 507 and "No space left on device" in message
+    assert str(folder) not in message  # where it lies is nobody's business
+    assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
+    assert not list(folder.rglob("*.tmp"))
+    assert http.post("/v1/contexts/book/append", json={"text": " More."}).status_code == 201
+
+
+def test_no_room_is_told(model, tmp_path):
+    with (
+        serving(tmp_path, model=model, store_bytes=100_000) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        statuses = [
+            http.post("/v1/contexts", json={"name": f"n{i}", "text": f"Text {i}."}).status_code for i in range(12)
+        ]
+        assert statuses[0] == 201 and statuses[-1] == 507
+        kept = {row["name"] for row in http.get("/v1/contexts").json()["data"]}
+        assert kept == {f"n{i}" for i, status in enumerate(statuses) if status == 201}
+
+
+def test_damaged_files_are_refused_where_they_are_asked_for_and_nowhere_else(served):
+    http, service, folder = served
+    ids = {name: made(http, name, f"The {name} stood by the river.")["id"] for name in ("mill", "house", "barn")}
+    (folder / "objects" / f"{ids['mill']}.safetensors").write_bytes(b"not a context")
+    object_ = folder / "objects" / f"{ids['house']}.safetensors"
+    raw = bytearray(object_.read_bytes())
+    raw[-5] ^= 1
+    object_.write_bytes(raw)
+    service._loaded.ram.drop(folder, ids["mill"])
+    service._loaded.ram.drop(folder, ids["house"])
+    (folder / "names" / "barn.json").write_text("{")
+    for name, says in (("mill", "safetensors"), ("house", "altered"), ("barn", "damaged")):
+        found = http.post("/v1/completions", json={"prompt": "x", "context": name, "max_tokens": 1})
+        assert 400 <= found.status_code < 500 and says in found.json()["error"]["message"], found.text
+        assert str(folder) not in found.text
+    # A prompt that begins with a damaged text is read, and the reason told.
+    found = http.post("/v1/completions", json={"prompt": "The house stood by the river. It", "max_tokens": 1}).json()
+    assert "altered" in found["usage"]["prompt_tokens_details"]["cache"]
+    assert str(folder) not in json.dumps(found)
+    assert 'llm_mlp_cache_lookups_total{reason="unusable",result="miss"} 1.0' in http.get("/metrics").text
+    assert {row["name"] for row in http.get("/v1/contexts").json()["data"]} == {"mill", "house"}
+    assert made(http, "other", "Another text.")["tokens"]
+
+
+def test_slow_readers_hold_nobody_up(served):
+    """Who asks for a stream and does not read it gets no slot for longer than the answer takes."""
+    http, service, _ = served
+    host, port = http.base_url.host, http.base_url.port
+    body = json.dumps({**STREAM, "max_tokens": 2000, "n": 4, "logprobs": 20}).encode()
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(socket.socket())
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        deadline = time.time() + 60
+        while not service.engine.counters.tokens:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        found = http.post("/v1/completions", json={"prompt": "The mill", "max_tokens": 5})
+        assert found.json()["usage"]["completion_tokens"] == 5
+        while service.engine.load["free"] < 4:
+            assert time.time() < deadline
+            time.sleep(0.05)
+        assert http.get("/ready").json()["free"] == 4
+
+
+def test_fields_that_mean_nothing_are_named_in_the_log(served, caplog):
+    http, *_ = served
+    caplog.set_level(logging.INFO, "llm_mlp.serve")
+    body = {"prompt": "x", "max_tokens": 1, "contxt": "book", "user": "me"}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    [row] = [json.loads(r.getMessage()) for r in caplog.records if "completions" in r.getMessage()]
+    assert row["ignored"] == ["contxt", "user"]
+
+
+# -- long readings -------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_that_was_cut_off_goes_on(served, monkeypatch):
+    """By the same request: what was read is found, and the context is that of an uninterrupted one."""
+    http, service, _ = served
+    monkeypatch.setattr(service_module, "STRIDE", 100)  # rounded up to 128, four pieces
+    text = TEXT * 4
+    whole = made(http, "whole", text)
+    assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["whole"]
+    end = service.store("").get("whole")
+    assert http.delete("/v1/contexts/whole").status_code == 200
+    with http.stream("POST", "/v1/contexts", json={"name": "book", "text": text, "stream": True}) as answer:
+        rows = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
+        assert next(row for row in rows if row["read"] >= 160)["tokens"] == whole["tokens"]
+    deadline = time.time() + 20
+    while service.engine.busy:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    [left] = http.get("/v1/contexts").json()["data"]
+    assert left["name"] == "book.reading" and left["unfinished"] and left["expires"] and left["tokens"] % 128 == 0
+    again = made(http, "book", text)
+    assert again["cached_tokens"] == left["tokens"] >= 128 and again["tokens"] == whole["tokens"]
+    assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
+    now = service.store("").get("book")
+    assert torch.equal(now.tokens, end.tokens) and torch.equal(now.logits, end.logits)
+    assert all(torch.equal(now.state[name], t) for name, t in end.state.items())
+
+
+def test_a_reading_over_time_says_how_to_go_on(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "STRIDE", 64)
+    text = TEXT * 100
+    with serving(tmp_path, model=model, timeout=1.0) as (url, _), httpx.Client(base_url=url, timeout=120) as http:
+        cached = []
+        for _ in range(2):
+            found = http.post("/v1/contexts", json={"name": "book", "text": text})
+            assert found.status_code == 504 and "ask again to go on from there" in found.json()["error"]["message"]
+            cached.append(http.get("/v1/contexts").json()["data"][0]["tokens"])
+    assert 0 < cached[0] < cached[1]
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_for_contexts_is_shared_by_all_keys(model, tmp_path):
+    """More keys take no more memory, and none finds what another one has loaded."""
+    with serving(tmp_path, model=model, keys=("a", "b", "c"), memory=8_000_000) as (url, service):
+        limit = service._loaded.ram.limit
+        assert limit == 2_000_000
+        for n in range(3):
+            for key in "abc":
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"name": f"n{n}", "text": f"Text {n}: {TEXT}"}
+                assert httpx.post(url + "/v1/contexts", json=body, headers=headers, timeout=60).status_code == 201
+        stores = list(service._stores.values())
+        usage = [store.usage() for store in stores]
+        assert len(stores) == 3 and 0 < sum(row["ram_bytes"] for row in usage) <= limit
+        assert all(row["objects"] == 3 for row in usage)
+        # The same text is another object to each, loaded for itself.
+        held = [service._loaded.ram.held(store.folder) for store in stores]
+        assert len({id(context.tokens) for own in held for context in own}) == sum(map(len, held))
