@@ -281,7 +281,9 @@ class _Run:
             self.progress.micro_batch = int(self.config.micro_batch)
         if self.progress.world_size != self.world.size:
             # Sums over other processes round differently, noise is measured over other parts: what was decided stands.
-            self.replay = Replay(a for a in read_lines(self.run / "actions.jsonl") if a["step"] > self.progress.step)
+            # The main process's record: others may have no such file, or find it cut off at this step already.
+            recorded = self.world.gather(read_lines(self.run / "actions.jsonl") if self.world.main else [])[0]
+            self.replay = Replay(a for a in recorded if a["step"] > self.progress.step)
             self.progress.micro_batch = 0 if self.config.micro_batch == 0 else self.progress.micro_batch
             log.info(
                 "continued on %d processes instead of %d; %s",
