@@ -8,9 +8,7 @@ for the length and once for what is divided by it; ``_first_back`` has the lengt
 memory. W's gradient is a plain product of the two, left to torch.
 
 phi is made once for all heads of a group and travels through memory to the kernels of `perceive`, which read it several
-times (a part of the heads, the inverse). Made again by each of them it would cost more: the first layer of a chunk of
-64 tokens is 8 R F = 8.4 million operations for q and as many for k at R = 128, F = 512, twice those of a part of the
-heads, and its 128 KB of weights are more than the 64 KB of a chunk's phi.
+times (a part of the heads, the inverse). Making it again in each of them would cost more (docs/perceive.md).
 """
 
 from __future__ import annotations
