@@ -297,7 +297,6 @@ def test_values_that_do_not_fit_together(cls, values, message):
         (["parallel.pipeline=2", "precision=fp16"], "cannot be combined with precision = fp16"),
         (["parallel.pipeline=2", "micro_batch=auto"], "cannot be combined with micro_batch = auto; give a number"),
         (["parallel.pipeline=2", "micro_batch=0"], "cannot be combined with micro_batch = 0; give a number"),
-        (["parallel.pipeline=2", "control.batch=ramp"], "cannot be combined with control.batch = ramp"),
         (["parallel.schedule=interleaved"], "schedule = interleaved is for pipeline > 1"),
         (["parallel.pipeline=2", "parallel.stages_per_process=3"], "stages_per_process is for schedule = interleaved"),
     ],
