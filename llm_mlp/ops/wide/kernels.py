@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llm_mlp.ops.heads.kernels import TINY, _sigmoid
 from llm_mlp.ops.perceive import kernels as perceive
 from llm_mlp.ops.tiles import narrow, product, product_onto
 from llm_mlp.ops.tune import Sizes, Table, aligned, plan
@@ -28,12 +29,6 @@ LAUNCH: Table = {
     "_first": {"BT": 64, "BF": 64, "num_warps": 4, "num_stages": 2},
     "_first_back": {"BT": 64, "BF": 64, "num_warps": 4, "num_stages": 1},
 }
-TINY = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
