@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for the processes that tests start too: threads that spin while they wait for each other
+# slow a run down many times where other tests have the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
-torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when anything first imports triton
 for folder in ("ops", "models", "train", "serve"):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,32 +88,50 @@ def verify_resume(
     path = folder / "config.yaml"
     path.write_text(dump(config), encoding="utf8")
     whole, killed = folder / "whole", folder / "killed"
-    _finish(_start(path, whole, processes), whole)
-    after = _kill(_start(path, killed, processes), killed, steps)
+    with _started(path, whole, processes) as job:
+        _finish(job, whole)
+    with _started(path, killed, processes) as job:
+        after = _kill(job, killed, steps)
     resumed_from = int(checkpoints(killed)[-1].name.removeprefix("step-"))
     if resumed_from > steps:
         raise VerifyError(f"{killed}: the run was over before it could be killed; give more --steps")
-    _finish(_start(path, killed, resume_processes, "--resume"), killed)
+    with _started(path, killed, resume_processes, "--resume") as job:
+        _finish(job, killed)
     return _compare(whole, killed, resumed_from, after, (processes, resume_processes), bound)
 
 
-def _start(config: Path, out: Path, processes: int, *options: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def _started(config: Path, out: Path, processes: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that does not outlive the block; its errors go to ``OUT.log``: a pipe that nobody reads would stop it."""
     module = ["-m", "llm_mlp", "train", str(config), "--quiet", "--out", str(out), *options]
     if processes > 1:
         module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
-    # A session of its own, so that all its processes can be killed at once.
-    return subprocess.Popen(
-        [sys.executable, *module], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    with _log(out).open("wb") as log:
+        # A session of its own, so that all its processes can be killed at once.
+        job = subprocess.Popen([sys.executable, *module], stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            _kill_all(job.pid)
+            job.wait()
 
 
-def _finish(job: subprocess.Popen[str], out: Path) -> None:
-    said = job.communicate()[1]
-    if job.returncode:
-        raise VerifyError(f"{out}: the run failed:\n" + "\n".join(said.strip().splitlines()[-8:]))
+def _log(out: Path) -> Path:
+    return out.with_suffix(".log")
 
 
-def _kill(job: subprocess.Popen[str], out: Path, after: int) -> int:
+def _failed(out: Path) -> VerifyError:
+    said = _log(out).read_text(encoding="utf8", errors="replace").strip().splitlines()
+    return VerifyError(f"{out}: the run failed:\n" + "\n".join(said[-8:]))
+
+
+def _finish(job: subprocess.Popen[bytes], out: Path) -> None:
+    if job.wait():
+        raise _failed(out)
+
+
+def _kill(job: subprocess.Popen[bytes], out: Path, after: int) -> int:
     """Kill a run once it is past step ``after``; the last step it recorded."""
     while job.poll() is None:
         lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").is_file() else 0
@@ -121,11 +139,10 @@ def _kill(job: subprocess.Popen[str], out: Path, after: int) -> int:
             _kill_all(job.pid)
             break
         time.sleep(0.005)
-    said = job.communicate()[1]
-    if job.returncode == 0:
+    if job.wait() == 0:
         raise VerifyError(f"{out}: the run was over before it could be killed; give more --steps")
     if job.returncode != -signal.SIGKILL:
-        raise VerifyError(f"{out}: the run failed:\n" + "\n".join(said.strip().splitlines()[-8:]))
+        raise _failed(out)
     return max(line["step"] for line in read_metrics(out))
 
 

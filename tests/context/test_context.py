@@ -344,8 +344,6 @@ def test_what_does_not_fit_is_refused(reader, change, says):
 KILLED = """
 import sys
 sys.path[:0] = {paths!r}
-import torch
-torch.set_num_threads(1)
 from model_cases import random_model
 from llm_mlp.context import Reader, Store
 reader, store = Reader(random_model("plain"), None), Store({folder!r})

@@ -22,9 +22,7 @@ pytestmark = pytest.mark.slow
 def torchrun(folder: Path, config: Path, *arguments: str, processes: int = 2) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "llm_mlp", "train", str(config), "--quiet", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 
 def under_way(folder: Path) -> tuple[Path, subprocess.Popen]:
