@@ -217,9 +217,9 @@ def main() -> None:
     if "train" in sections:
         kinds = {
             "bf16": [],
-            "fp8": ["ffn_precision=fp8"],
+            "fp8": ["module_precision.ffn=fp8"],
             "8bit": ["optimizer.state=8bit"],
-            "fp8 and 8bit": ["ffn_precision=fp8", "optimizer.state=8bit"],
+            "fp8 and 8bit": ["module_precision.ffn=fp8", "optimizer.state=8bit"],
             "bf16, another seed": ["seed=1"],
         }
         for kind, overrides in kinds.items():

@@ -382,6 +382,23 @@ class ParallelConfig(Config):
         return self.pipeline * (self.stages_per_process if self.schedule == "interleaved" else 1)
 
 
+class ModulePrecisionConfig(Config):
+    """Parts of the model that compute in another precision than the rest; same: as the run's ``precision`` says."""
+
+    mixer: Literal["same", "fp32", "bf16"] = "same"
+    ffn: Literal["same", "fp32", "bf16", "fp8"] = Field(
+        "same",
+        description="fp8: two of the three products of each FFN matrix in float8 (Hopper and later, precision bf16)",
+    )
+    head: Literal["same", "fp32", "bf16"] = Field("same", description="the last matrix, from which the loss is made")
+
+    @property
+    def autocast(self) -> dict[str, str]:
+        """The parts whose products are cast otherwise than the rest's, and to what: fp32 or bf16."""
+        found = {"mixer": self.mixer, "ffn": self.ffn, "head": self.head}
+        return {part: name for part, name in found.items() if name in ("fp32", "bf16")}
+
+
 class TrainConfig(Config):
     """A training run, in one process or many."""
 
@@ -394,6 +411,7 @@ class TrainConfig(Config):
     control: ControlConfig = ControlConfig()
     average: AverageConfig = AverageConfig()
     parallel: ParallelConfig = ParallelConfig()
+    module_precision: ModulePrecisionConfig = ModulePrecisionConfig()
     out: str = Field("runs/train", min_length=1, description="folder of the run")
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
@@ -403,10 +421,6 @@ class TrainConfig(Config):
     )
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="bf16 and fp16: mixed, by autocast; fp64: slow, to compare ways of training by"
-    )
-    ffn_precision: Literal["same", "fp8"] = Field(
-        "same",
-        description="fp8: two of the three products of each FFN matrix in float8 (Hopper and later, precision bf16)",
     )
     compile: bool = Field(False, description="torch.compile every block")
     cuda_graph: bool = Field(
@@ -452,7 +466,7 @@ class TrainConfig(Config):
         if self.parallel.context > 1 and "attention" in self.model.mixers:
             raise ValueError("parallel.context > 1 splits perception layers only; this model has attention layers")
         self._check_pipeline()
-        self._check_float8()
+        self._check_module_precision()
         if self.optimizer.state == "8bit":
             for refused, what in (
                 (tensor > 1, f"parallel.tensor = {tensor}, which cuts through blocks that share a scale"),
@@ -483,19 +497,24 @@ class TrainConfig(Config):
             )
         return self
 
-    def _check_float8(self) -> None:
-        if self.ffn_precision == "same":
+    def _check_module_precision(self) -> None:
+        if self.module_precision.autocast and self.precision not in ("fp32", "bf16"):
+            part, name = next(iter(self.module_precision.autocast.items()))
+            raise ValueError(
+                f"module_precision.{part} = {name} needs precision = fp32 or bf16 around it, not {self.precision}"
+            )
+        if self.module_precision.ffn != "fp8":
             return
         if self.precision != "bf16":
             raise ValueError(
-                f"ffn_precision = fp8 needs precision = bf16, in which its products end, not {self.precision}"
+                f"module_precision.ffn = fp8 needs precision = bf16, in which its products end, not {self.precision}"
             )
         parts = {"model.d_model": self.model.d_model, "model.ffn.hidden": self.model.ffn.hidden // self.parallel.tensor}
         for name, side in parts.items():
             if side % 16:
                 shared = f" (a part of {side})" if self.parallel.tensor > 1 and name == "model.ffn.hidden" else ""
                 raise ValueError(
-                    f"ffn_precision = fp8 multiplies matrices whose sides are multiples of 16; {name} = "
+                    f"module_precision.ffn = fp8 multiplies matrices whose sides are multiples of 16; {name} = "
                     f"{side if not shared else self.model.ffn.hidden}{shared} is not one"
                 )
 

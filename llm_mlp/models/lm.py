@@ -179,8 +179,7 @@ class LM(nn.Module):
             raise ValueError("logits='last': a sequence is empty and has no last token")
         x, after = self._hidden(tokens, state, cu_seqlens)
         if targets is not None:
-            loss = linear_cross_entropy(x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction)
-            return Output(None, loss, after)
+            return Output(None, self.head_loss(x, targets, reduction), after)
         if logits == "none":
             return Output(None, None, after)
         if logits == "last":
@@ -279,6 +278,10 @@ class LM(nn.Module):
             return self.embedding.weight
         weight = self.head.product().weight
         return weight if isinstance(weight, Tensor) else weight.dequantize(self.embedding.weight.dtype)
+
+    def head_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """From the final normed hidden states ``[B, T, D]`` to the loss, as `forward` returns it."""
+        return linear_cross_entropy(x, self._head_weight(), targets, cap=self.config.logit_cap, reduction=reduction)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._capped(linear(x, self.embedding.weight) if self.head is None else self.head(x))

@@ -1,4 +1,4 @@
-"""float8 products in a model's FFNs while it trains (``ffn_precision: fp8``)."""
+"""float8 products in a model's FFNs while it trains (``module_precision.ffn: fp8``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from llm_mlp.models.mixer import Linear
 from llm_mlp.ops.float8 import linear_float8
 
 log = logging.getLogger("llm_mlp.train")
+
+FIELD = "module_precision.ffn"
 
 
 class Float8Linear(Linear):
@@ -44,10 +46,10 @@ def check_float8(device: torch.device) -> None:
         found = linear_float8(one, one)
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
-            f"ffn_precision = fp8 needs a GPU with float8 matrix units (compute capability 8.9 or above); {device} has "
-            f"none that torch {torch.__version__} can use ({str(error).splitlines()[0]}). Set ffn_precision: same"
+            f"{FIELD} = fp8 needs a GPU with float8 matrix units (compute capability 8.9 or above); {device} has "
+            f"none that torch {torch.__version__} can use ({str(error).splitlines()[0]}). Set {FIELD}: same"
         ) from None
     if not bool((found == 32).all()):
-        raise ConfigError(f"ffn_precision = fp8: float8 products on {device} are wrong; set ffn_precision: same")
+        raise ConfigError(f"{FIELD} = fp8: float8 products on {device} are wrong; set {FIELD}: same")
     if device.type == "cpu":
-        log.warning("ffn_precision = fp8 on a CPU: the same numbers as on a GPU, for tests; it is slower than bf16")
+        log.warning(f"{FIELD} = fp8 on a CPU: the same numbers as on a GPU, for tests; it is slower than bf16")

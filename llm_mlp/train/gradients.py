@@ -218,7 +218,7 @@ class Gradients:
         """State of the batch's packed sequences: that of the stream a sequence continues, else an empty one."""
         if batch.carried is None:
             return None
-        compute = self.precision.dtype or next(self.model.parameters()).dtype
+        compute = self.precision.of("mixer") or next(self.model.parameters()).dtype
         # Rows: the streams' states, then one empty state for sequences that start afresh.
         fresh = self.world.per_rank(self.config.batch_size)
         pool = self.model.init_state(fresh + 1, dtype=compute, device=self.device)

@@ -123,7 +123,7 @@ def train(
         raise ConfigError("--resume continues a run's own weights; it cannot be combined with --init-from")
     if stop_after is not None and not 1 <= stop_after <= config.steps:
         raise ConfigError(f"--stop-after {stop_after}: expected a step from 1 to steps = {config.steps}")
-    with open_world(config.parallel, config.device) as world, _deterministic(config.deterministic):
+    with open_world(config) as world, _deterministic(config.deterministic):
         _check(config, world)
         run = _Run(config, world, resume, init_from, quiet, stop_after, on_step)
         return run.go()
@@ -167,7 +167,7 @@ def _check(config: TrainConfig, world: World) -> None:
         )
     if parallel.pipeline > 1:
         check_parts(config, per)
-    if config.ffn_precision == "fp8":
+    if config.module_precision.ffn == "fp8":
         check_float8(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -209,9 +209,11 @@ class _Run:
             raise CheckpointError(
                 f"{self.run}: already holds a run ({last[-1].name}); continue it with --resume or choose another --out"
             )
+        world.same(f"{self.run}: where to start from", last[-1].name if resume else str(init_from or "scratch"))
         start_from = last[-1] if resume else resolve(init_from) if init_from else None
         tokenizer = load_tokenizer(start_from) if start_from else None
         self.dataset: Dataset = world.first(lambda: prepare(config.data, tokenizer=tokenizer, progress=not self.quiet))
+        world.same("fingerprint of the tokenised data", self.dataset.fingerprint)
         if self.dataset.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
@@ -232,10 +234,11 @@ class _Run:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         self.cuts = share_out(self.model, world)
-        if config.ffn_precision == "fp8":
+        if config.module_precision.ffn == "fp8":
             use_float8(self.model)
         self.model.to(self.device)
-        self.precision = Precision(config.precision, self.device)
+        self.precision = Precision(config.precision, self.device, config.module_precision)
+        self.precision.apply(self.model)
         self.wrapped = Pipeline(self.model, world, self.precision) if staged else Wrapped(self.model, world)
         self.optimizers = make_optimizers(self.model, config.optimizer, self.cuts)
         self.averages = Averages(self.model, config.average)

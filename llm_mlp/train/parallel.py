@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_mlp.config import ConfigError, ParallelConfig
+from llm_mlp import __version__
+from llm_mlp.config import ConfigError, ParallelConfig, TrainConfig, build, diff
 from llm_mlp.device import pick_device
 from llm_mlp.models import LM
 from llm_mlp.train.compress import Communication
@@ -142,6 +143,13 @@ class World:
             if text is not None:
                 raise RankError(f"rank {rank} failed while {doing}: {text}")
 
+    def same(self, what: str, value: str) -> None:
+        """Refuse a ``value`` of which another process has another, naming ``what`` it is."""
+        told = self.gather(value)
+        for rank, other in enumerate(told):
+            if other != told[0]:
+                raise ConfigError(f"{what}: {other} on rank {rank}, {told[0]} on rank 0; all processes need the same")
+
     def per_rank(self, batch_size: int) -> int:
         """Samples of a batch that each reader takes."""
         if batch_size % self.data_size:
@@ -155,13 +163,15 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
+def open_world(run: TrainConfig) -> Iterator[World]:
     """The processes that torchrun started (or that are connected already), else this one alone.
 
     Raises:
-        ConfigError: a rendezvous that cannot be reached, more processes than devices, a layout that needs more.
+        ConfigError: a rendezvous that cannot be reached, more processes than devices, a layout that needs more,
+            processes that were started with different configs or versions.
         RankError: inside, for a failure of another process.
     """
+    config, device = run.parallel, run.device
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not started and not dist.is_initialized():
         alone = World(ParallelConfig(), pick_device(device))
@@ -175,6 +185,7 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     on = _own_device(device)
     if started:
         _connect(config, on)
+    _check_same_start(run)
     world = World(config, on, dist.get_rank(), dist.get_world_size())
     if world.rank:
         logging.getLogger("llm_mlp").setLevel(logging.WARNING)  # the main process says what all of them do
@@ -216,6 +227,28 @@ def _connect(config: ParallelConfig, device: torch.device) -> None:
             f"the other processes cannot be reached at {where} ({str(error).splitlines()[0]}); check MASTER_ADDR, "
             "MASTER_PORT, WORLD_SIZE and RANK, and that all of them were started"
         ) from None
+
+
+# What may be another on each machine: where things lie. That the texts are the same is checked once they are read.
+_OF_A_MACHINE = ("data.cache_dir", "data.prepared", "device")
+
+
+def _check_same_start(config: TrainConfig) -> None:
+    """Processes of different configs would wait for each other in vain, or train what nobody asked for."""
+    mine = ({"llm-mlp": __version__, "torch": torch.__version__}, config.model_dump(mode="json"))
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    (versions, fields) = told[0]
+    for rank, (other_versions, other_fields) in enumerate(told):
+        found = [f"{name}: {v} -> {other_versions[name]}" for name, v in versions.items() if v != other_versions[name]]
+        if not found and fields != other_fields:  # of one version, so both can be read
+            lines = diff(build(TrainConfig, fields), build(TrainConfig, other_fields))
+            found = [line for line in lines if line.partition(":")[0] not in _OF_A_MACHINE]
+        if found:
+            raise ConfigError(
+                f"rank {rank} was not started as rank 0 was ({'; '.join(found)}); start all processes with the same "
+                "config, overrides and versions"
+            )
 
 
 def _is_communication(error: BaseException) -> bool:

@@ -27,7 +27,6 @@ from llm_mlp.data import Batch
 from llm_mlp.models import LM
 from llm_mlp.models.lm import Output
 from llm_mlp.models.mixer import State, rms_norm
-from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.precision import Precision
 from llm_mlp.train.compress import Communication
 from llm_mlp.train.parallel import World, Wrapped
@@ -132,7 +131,8 @@ class Stage(nn.Module):
         self.layers = layers_of(number, stages, model.config.n_layers)
         self.config, self.precision, self.device = model.config, precision, world.device
         self.dtype = next(model.parameters()).dtype
-        self.through = model.through  # a method: the model itself is no part of the stage
+        # Methods: the model itself is no part of the stage.
+        self.through, self.head_loss = model.through, model.head_loss
         self.embedding: Any = model.embedding if self.first else None
         self.blocks = nn.ModuleList(model.blocks._modules[str(i)] for i in self.layers)
         self.head: Any = model.head if self.last else None
@@ -157,8 +157,7 @@ class Stage(nn.Module):
             x, after = self.through(blocks, x, inputs, part.state, batch.cu_seqlens)
             if self.last:
                 x, targets = rms_norm(x, self.config.norm_eps), self._here(batch.targets)
-                x = linear_cross_entropy(x, self.head.weight, targets, cap=self.config.logit_cap, reduction="sum")
-                x = x.view(1) * self.scale
+                x = self.head_loss(x, targets, "sum").view(1) * self.scale
         if batch.last is not None:
             part.after |= {name: t.detach() for name, t in after.items()}
         if self.measure is not None and int(number) == 1 and x.requires_grad:

@@ -17,7 +17,7 @@ from llm_mlp.models import build_model
 from llm_mlp.train import float8
 from llm_mlp.train.float8 import Float8Linear, check_float8, use_float8
 
-FP8 = ("precision=bf16", "ffn_precision=fp8")
+FP8 = ("precision=bf16", "module_precision.ffn=fp8")
 
 
 def test_the_model_keeps_its_parameters_and_its_evaluation():

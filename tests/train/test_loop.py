@@ -55,7 +55,7 @@ def test_learns_and_leaves_a_complete_run(tmp_path):
         ["data.packing=streams", "micro_batch=2"],
         ["precision=bf16", "micro_batch=1"],
         ["precision=fp16"],
-        ["precision=bf16", "ffn_precision=fp8"],
+        ["precision=bf16", "module_precision.ffn=fp8"],
         ["optimizer.state=8bit", *LARGER],
         ["optimizer={state: 8bit, name: adamw}", "precision=fp16", *LARGER],
     ],

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ranks import outcomes, together
 from safetensors import safe_open
 from safetensors.torch import save_file
-from train_cases import LARGER, records, run, tiny
+from train_cases import LARGER, records, run, tiny, write_documents
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_shards, read_tensors, save_model, shards_in
 from llm_mlp.models import build_model
@@ -682,6 +682,59 @@ def test_memory_that_ends_where_others_wait_ends_the_run_which_resumes_in_smalle
     assert [step for step, _ in rest["curve"]] == [3, 4]
     facts = json.loads((checkpoints(tmp_path / "run")[-1] / "training.json").read_text())
     assert facts["micro_batch"] == 2 and not (tmp_path / "run/out_of_memory.json").exists()
+
+
+def differently(folder: str, common: tuple[str, ...], own: tuple[str, ...], change: str, options: dict) -> list:
+    """A run whose process 1 has overrides of its ``own``, and is another in what ``change`` says."""
+    from llm_mlp.train import parallel, snapshot
+
+    if dist.get_rank() == 0:
+        return run(Path(folder), *common, **options).curve
+    if change == "version":
+        parallel.__version__ = "0.0.9"
+    if change == "folder":  # of a machine that does not see the newest checkpoint
+        real = snapshot.checkpoints
+        snapshot.checkpoints = lambda run: real(run)[:1]
+    return run(Path(folder), *common, *own, **options).curve
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "says"),
+    [
+        (("steps=7", "optimizer.lr=0.02"), "", "optimizer.lr: 0.01 -> 0.02; steps: 6 -> 7"),
+        (("parallel.data=fsdp",), "", "parallel.data: 'ddp' -> 'fsdp'"),
+        (("parallel.context=2",), "", "parallel.context: 1 -> 2"),
+        ((), "version", "llm-mlp: 0.1.0 -> 0.0.9"),
+    ],
+    ids=["config", "sharding", "layout", "version"],
+)
+def test_processes_that_were_started_differently_are_told_so(tmp_path, own, change, says):
+    tiny(tmp_path)
+    for well, said in outcomes(2, differently, str(tmp_path), (), own, change, {}):
+        assert not well and f"ConfigError: rank 1 was not started as rank 0 was ({says})" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_checkpoints_or_texts_are_told_so(tmp_path):
+    common = ("steps=4", "checkpoint.every=2")
+    many(tmp_path, 2, *common, stop_after=3)
+    for well, said in outcomes(2, differently, str(tmp_path), common, (), "folder", {"resume": True}):
+        assert not well and "where to start from: step-0000002 on rank 1, step-0000003 on rank 0" in said
+    prepared = [prepared_data(tmp_path, name, count) for name, count in (("a", 40), ("b", 41))]
+    given, own = (f"data.prepared={folder}" for folder in prepared)
+    for well, said in outcomes(2, differently, str(tmp_path), (given,), (own,), "", {"out": "other"}):
+        assert not well and "fingerprint of the tokenised data" in said and "on rank 1" in said
+
+
+def prepared_data(folder: Path, name: str, documents: int) -> Path:
+    """Tokenised documents, as each machine may have them in a folder of its own."""
+    from llm_mlp.data import prepare
+
+    (folder / name).mkdir()
+    write_documents(folder / name, documents)
+    config = tiny(folder / name).data
+    prepare(config)
+    return next(Path(config.cache_dir).iterdir())
 
 
 def full(folder: str, overrides: tuple[str, ...]) -> list:
