@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 
 from llm_mlp.context import Context, ContextError, describe, diff
 from llm_mlp.context.store import examine, summary
-from llm_mlp.infer import Full, Request
+from llm_mlp.infer import Full, Request, Stopped
 from llm_mlp.serve import answers
 from llm_mlp.serve.protocol import (
     AppendRequest,
@@ -42,7 +42,7 @@ from llm_mlp.serve.protocol import (
     Generation,
     UndoRequest,
 )
-from llm_mlp.serve.service import Piece, Prompt, Refused, Service
+from llm_mlp.serve.service import UNSERVED, Piece, Prompt, Refused, Service
 
 log = logging.getLogger("llm_mlp.serve")
 
@@ -58,7 +58,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     },
     "5XX": {
         "model": answers.Error,
-        "description": "500 failed, 503 not running, 504 over time, 507 no room in the store",
+        "description": "500 failed, 503 the engine has failed or is closing, 504 over time, 507 no room in the store",
     },
 }
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -157,6 +157,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def _(http: HTTP, error: Full) -> Response:
         return _error(429, f"busy: {error}", code="queue_full")
 
+    @app.exception_handler(Stopped)
+    async def _(http: HTTP, error: Stopped) -> Response:
+        return _error(503, str(error), code="engine_stopped")
+
     @app.exception_handler(ContextError)
     async def _(http: HTTP, error: ContextError) -> Response:
         told = service.refusal(error, "context")
@@ -188,10 +192,13 @@ def _add_about(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", response_model=answers.Health)
     async def health() -> dict[str, str]:
+        if service.engine.failed is not None:
+            raise service.engine.stopped()
         return {"status": "ok"}
 
     @app.get("/ready", response_model=answers.Ready)
     async def ready() -> Response:
+        await health()
         if not service.alive:
             return _error(503, "the engine is not running", code="not_ready")
         return JSONResponse({"status": "ready", **service.engine.load, "capacity": service.capacity})
@@ -332,7 +339,7 @@ async def _read_context(
                 yield _event({"read": prompt.cached + piece.read, "tokens": prompt.tokens})
                 if piece.final is not None:
                     yield _event(await done(piece))
-        except (ContextError, Refused, Full) as error:  # the status has been sent
+        except (ContextError, *UNSERVED) as error:  # the status has been sent
             told = service.refusal(error) if isinstance(error, ContextError) else error
             yield _event({"error": {"message": str(told)}})
         finally:
@@ -670,7 +677,7 @@ class _Writer:
             if self.body.usage_in_stream:
                 yield _event({**head, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
-        except (Refused, Full) as error:  # the status has been sent
+        except UNSERVED as error:  # the status has been sent
             yield _event({"error": {"message": str(error), "type": "server_error"}})
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]

@@ -40,7 +40,18 @@ from llm_mlp.context.store import reading_name
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.energy import Energy
-from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
+from llm_mlp.infer import (
+    ConstraintError,
+    Engine,
+    Event,
+    Full,
+    Grammars,
+    Request,
+    Start,
+    Stopped,
+    read_tokens,
+    slots_within,
+)
 from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
 from llm_mlp.models.mixer import State
@@ -97,6 +108,9 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.field, self.code = status, message, field, code
+
+
+UNSERVED = (Refused, Full, Stopped)  # what a client is told in a stream whose status has been sent
 
 
 @dataclass
@@ -222,7 +236,7 @@ class Service:
         self._lock = threading.Lock()
         self._observing = asyncio.Lock()
         self._mail: _Mail | None = None
-        self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("llm_mlp_requests", "Requests by path and status.", ["path", "status"], **own)
@@ -243,6 +257,12 @@ class Service:
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self._thread.join(timeout)
+
+    def _run_engine(self) -> None:
+        try:
+            self.engine.run()
+        except BaseException:  # everybody who waits has been told, nobody of what it was
+            log.critical("the engine has failed: nothing is written or read until the server restarts", exc_info=True)
 
     @property
     def alive(self) -> bool:
@@ -415,8 +435,8 @@ class Service:
         ``deadline``: by the loop's clock; None: the timeout from now.
 
         Raises:
-            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed.
-            `llm_mlp.infer.Full`: the queue is full.
+            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where a step failed.
+            `llm_mlp.infer.Full`: the queue is full. `llm_mlp.infer.Stopped`: the engine has failed, or is closing.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
@@ -461,6 +481,8 @@ class Service:
                     raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
                 if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
                     raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
+                if event.error and self.engine.failed is not None:
+                    raise self.engine.stopped()
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
                 made_again, index = index >= n, index % n

@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -135,6 +136,46 @@ def test_fields_that_mean_nothing_are_named_in_the_log(served, caplog):
     assert http.post("/v1/completions", json=body).status_code == 200
     [row] = [json.loads(r.getMessage()) for r in caplog.records if "completions" in r.getMessage()]
     assert row["ignored"] == ["contxt", "user"]
+
+
+# -- an engine that fails ------------------------------------------------------------------------------------------
+
+
+def test_a_failed_engine_is_told_at_once(model, tmp_path, monkeypatch, caplog):
+    """To who waits, who comes, and whoever asks after the server; what needs no engine goes on."""
+    with (
+        serving(tmp_path, model=model, slots=1) as (url, service),
+        httpx.Client(base_url=url, timeout=20) as http,  # far less than the server's own timeout
+        ThreadPoolExecutor(4) as pool,
+    ):
+        made(http, "book", "The mill stood by the river.")
+        bias = {str(service.tokenizer.eos): -100}
+        long = {"prompt": "The mill", "max_tokens": 4096, "logit_bias": bias}
+        with http.stream("POST", "/v1/completions", json={**long, "stream": True, "logprobs": 0}) as running:
+            lines = (line for line in running.iter_lines() if line)
+            next(lines)
+            waiting = [pool.submit(http.post, "/v1/completions", json=long) for _ in range(2)]
+            waiting.append(pool.submit(http.post, "/v1/contexts", json={"name": "new", "text": "No mill."}))
+            deadline = time.time() + 20
+            while service.engine.load["waiting"] < 3:
+                assert time.time() < deadline
+                time.sleep(0.01)
+
+            def fail():
+                raise RuntimeError("injected")
+
+            monkeypatch.setattr(service.engine, "_read_some", fail)
+            last = json.loads(list(lines)[-1].removeprefix("data: "))
+        answers = [one.result() for one in waiting]
+        embeddings = http.post("/v1/embeddings", json={"input": "The mill"})
+        answers += [http.post("/v1/completions", json=long), embeddings, http.get("/health"), http.get("/ready")]
+        for answer in answers:
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped"
+            assert "the engine has failed (RuntimeError)" in answer.json()["error"]["message"]
+        assert "the engine has failed" in last["error"]["message"]
+        assert http.get("/v1/contexts/book").status_code == http.get("/metrics").status_code == 200
+    [row] = [r for r in caplog.records if r.exc_info]  # one traceback, however many were told
+    assert row.levelname == "CRITICAL" and "injected" in str(row.exc_info[1]) and "restarts" in row.getMessage()
 
 
 # -- long readings -------------------------------------------------------------------------------------------------
