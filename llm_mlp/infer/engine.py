@@ -235,8 +235,8 @@ class Engine:
         """Queue a request; ``emit`` gets its events, in the engine's thread, the last one with ``finish``.
 
         Raises:
-            Full: the queue is full. Stopped: the engine is closing, or has failed. ValueError: ids that are no tokens of
-                the model, or a start whose state is kept in other dtypes.
+            Full: the queue is full. Stopped: the engine is closing, or has failed. ValueError: ids that are no tokens
+                of the model, or a start whose state is kept in other dtypes.
         """
         if request.max_tokens < 0 or (request.start is None and not len(request.prompt)):
             raise ValueError("a request needs a prompt or a start, and max_tokens of at least 0")

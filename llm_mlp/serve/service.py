@@ -110,7 +110,7 @@ class Refused(Exception):
         self.status, self.message, self.field, self.code = status, message, field, code
 
 
-UNSERVED = (Refused, Full, Stopped)  # what a client is told in a stream whose status has been sent
+UNSERVED = (Refused, Full, Stopped, ContextError)  # what a client is told of: `Service.refusal`
 
 
 @dataclass
@@ -364,8 +364,14 @@ class Service:
         except ContextError as error:
             raise self.refusal(error, "context") from None
 
-    def refusal(self, error: ContextError, field: str | None = None) -> Refused:
-        """What is told of it: 507 where the store is what failed, else 409."""
+    def refusal(self, error: Exception, field: str = "context") -> Refused:
+        """What a client is told of one of `UNSERVED`; ``field``: that a context's error is about."""
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, Full):
+            return Refused(429, f"busy: {error}", code="queue_full")
+        if isinstance(error, Stopped):
+            return Refused(503, str(error), code="engine_stopped")
         return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), field)
 
     def told(self, text: str) -> str:
