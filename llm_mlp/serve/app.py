@@ -187,6 +187,8 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             raise Refused(400, str(error)) from None
         grammar = await service.grammar(body)
         prompt = await asyncio.to_thread(service.prompt, text, user, body.context)
+        if body.save_context is not None:  # before anything is written for it
+            service.free(user, body.save_context, "save_context", prompt.base if body.context is not None else None)
         service.prompted.labels("cached").inc(prompt.cached)
         service.prompted.labels("read").inc(len(prompt.ids))
         request = Request(
@@ -199,18 +201,18 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             kind.alternatives,
             keep=body.save_context is not None,
         )
-        n = body.n or 1
-        writer = Writer(service, kind, prompt, body, user)
+        n, deadline = body.n or 1, service.deadline()
+        writer = Writer(service, kind, prompt, body, user, deadline)
         writer.facts |= {"ignored": body.ignored} if body.ignored else {}
         http.state.facts = writer.facts
         # An answer that follows a grammar ends by it: a text that is allowed there is no end of a turn.
         stops = body.stops if grammar is not None else kind.stops
-        pieces = service.run(request, stops, n, kind.closing, grammar)
+        pieces = service.run(request, stops, n, grammar, deadline)
         if body.stream:
             # Refusals come with their status, not in the stream; and who leaves the queue is not waited for.
             first = await unless_gone(http, anext(pieces))
             return StreamingResponse(writer.stream(first, pieces), media_type="text/event-stream")
-        return JSONResponse(await unless_gone(http, writer.whole(pieces, n)))
+        return JSONResponse(await unless_gone(http, writer.whole(pieces)))
 
     @app.post("/v1/chat/completions", response_model=answers.ChatAnswer, responses={200: EVENTS})
     async def chat(body: ChatRequest, http: HTTP, user: User) -> Response:

@@ -40,7 +40,7 @@ def add_contexts(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/contexts", **made)
     async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
-        _free(service, user, body.name, "name")
+        service.free(user, body.name, "name")
         return await _read_context(service, http, user, body.name, body, None)
 
     @app.get("/v1/contexts/{name}", response_model=answers.ContextShown)
@@ -63,7 +63,7 @@ def add_contexts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts/{name}/fork", response_model=answers.ContextRow)
     async def fork(name: str, body: ForkRequest, user: User) -> dict[str, Any]:
         service.known(user, name)
-        _free(service, user, body.to, "to")
+        service.free(user, body.to, "to")
         await asyncio.to_thread(service.store(user).fork, name, body.to)
         return await asyncio.to_thread(_row, service, user, body.to)
 
@@ -90,7 +90,7 @@ def add_context_tools(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/contexts/{name}/compose", status_code=201, response_model=answers.ContextComposed)
     async def composed(name: str, body: ComposeRequest, http: HTTP, user: User) -> dict[str, Any]:
-        _free(service, user, name, "name")
+        service.free(user, name, "name")
 
         def parts() -> list[Context]:
             return [service.context(user, each) for each in body.contexts]
@@ -214,16 +214,6 @@ async def _read_context(
         first = await unless_gone(http, anext(pieces))
         return StreamingResponse(events(first), media_type="text/event-stream")
     return JSONResponse(await unless_gone(http, whole()), 201)
-
-
-def _free(service: Service, user: str, name: str, field: str) -> None:
-    """Raises `Refused`: a context of that name is there, or it can be none."""
-    try:
-        there = service.store(user).look(name)
-    except ContextError as error:
-        raise Refused(400, service.told(str(error)), field) from None
-    if there is not None:
-        raise Refused(409, f"context {name!r} exists; choose another name", field)
 
 
 def _row(service: Service, user: str, name: str) -> dict[str, Any]:

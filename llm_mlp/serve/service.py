@@ -362,17 +362,17 @@ class Service:
         try:
             return store.get(name, self.reader)
         except ContextError as error:
-            raise self.refusal(error, "context") from None
+            raise self.refusal(error) from None
 
-    def refusal(self, error: Exception, field: str = "context") -> Refused:
-        """What a client is told of one of `UNSERVED`; ``field``: that a context's error is about."""
+    def refusal(self, error: Exception) -> Refused:
+        """What a client is told of one of `UNSERVED`: of a context's error 507 where the store failed, else 409."""
         if isinstance(error, Refused):
             return error
         if isinstance(error, Full):
             return Refused(429, f"busy: {error}", code="queue_full")
         if isinstance(error, Stopped):
             return Refused(503, str(error), code="engine_stopped")
-        return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), field)
+        return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), "context")
 
     def told(self, text: str) -> str:
         """A message of the store's, without where it lies."""
@@ -387,17 +387,34 @@ class Service:
         if there is None:
             raise Refused(404, f"context {name!r} does not exist", "context", "context_not_found")
 
-    def save(self, user: str, name: str, end: Start, base: Context | None) -> dict[str, Any]:
-        """Store the state after an answer: a new version where ``name`` means what was gone on from.
+    def free(self, user: str, name: str, field: str, base: Context | None = None) -> None:
+        """Raises `Refused` unless something new, or what continues ``base``, can be stored as ``name``."""
+        try:
+            there = self.store(user).look(name)
+        except ContextError as error:
+            raise Refused(400, self.told(str(error)), field) from None
+        if there is not None and (base is None or there.id != base.id):
+            raise Refused(409, f"context {name!r} exists; choose another name", field)
+
+    async def save(
+        self, user: str, name: str, end: Start, base: Context | None, closing: Sequence[int]
+    ) -> dict[str, Any]:
+        """Store the state after an answer and ``closing`` ids behind it: a new version where ``name`` means ``base``,
+        what was gone on from.
 
         Raises:
-            Refused: 409 the name means another text, 507 there is no room.
+            ContextError: the name means another text by now, or there is no room. `llm_mlp.infer.Stopped`: the engine
+                has failed, or is closing.
         """
-        context = self.reader.wrap(end, base)
-        try:
+        if closing:
+            end = await self.between_steps(partial(self._read_on, end, closing))
+
+        def commit() -> Context:
+            context = self.reader.wrap(end, base)
             self.store(user).commit(context, name)
-        except ContextError as error:
-            raise self.refusal(error, "save_context") from None
+            return context
+
+        context = await asyncio.to_thread(commit)
         return {"name": name, "id": context.id, "tokens": len(context.tokens)}
 
     async def grammar(self, body: Generation) -> Grammar | None:
@@ -426,19 +443,22 @@ class Service:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
+    def deadline(self) -> float:
+        """Of a request that comes now, by the running loop's clock."""
+        return asyncio.get_running_loop().time() + self.settings.timeout
+
     async def run(
         self,
         request: Request,
         stops: Sequence[str],
         n: int = 1,
-        closing: Sequence[int] = (),
         grammar: Grammar | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
 
-        ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
-        ``deadline``: by the loop's clock; None: the timeout from now.
+        ``grammar``: what each of them follows. ``deadline``: by the loop's clock; None: the timeout from now. Where a
+        stop text has ended an answer no state is kept, for that has read the stop text: `state_after` makes one.
 
         Raises:
             Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where a step failed.
@@ -446,7 +466,7 @@ class Service:
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
-        deadline = deadline or started + self.settings.timeout
+        deadline = deadline or self.deadline()
         before: float | None = None  # joules
         if n > 1:
             load = self.engine.load
@@ -465,7 +485,6 @@ class Service:
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
         last = [started] * n
-        written = [""] * n
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -491,7 +510,6 @@ class Service:
                     raise self.engine.stopped()
                 if event.error:
                     raise Refused(500, f"the engine failed: {event.error}")
-                made_again, index = index >= n, index % n
                 now, text = loop.time(), texts[index]
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
@@ -504,22 +522,13 @@ class Service:
                     self.written.inc()
                     piece.text = text.feed(event.token)
                     piece.tokens = [(event.token, event.logprob, event.top)]
-                    written[index] += piece.text
                     if text.stopped:
                         tickets[index].cancel()
-                        if request.keep:
-                            # The state has read the stop text: it is made again from the answer without it.
-                            answer = self.reader.encode(written[index], begin=False)
-                            own = Request([*request.prompt, *answer], 0, start=request.start, keep=True)
-                            tickets.append(self.engine.submit(own, emitter(n + index)))
                 elif text.stopped:
                     # Within a step the engine has heard of it, and says what the answer took.
-                    ended = event.finish is not None and made_again == request.keep
-                    piece.finish, piece.final = "stop" if ended else None, event.final if made_again else None
+                    piece.finish, piece.final = "stop" if event.finish is not None else None, None
                 elif event.finish is not None:
                     piece.text = text.finish()
-                if piece.final is not None and closing:
-                    piece.final = await self.between_steps(partial(self._read_on, piece.final, closing))
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
@@ -534,7 +543,7 @@ class Service:
         Raises:
             Refused: 504 over time; what was stored is not lost. `llm_mlp.infer.Full`: the queue is full.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        deadline = self.deadline()
         stride = -(-STRIDE // self.settings.chunk) * self.settings.chunk
         start, done, total = prompt.start, 0, len(prompt.ids)
         while True:
@@ -562,9 +571,14 @@ class Service:
         except ContextError as error:  # the reading itself goes on
             log.warning("a reading that is cut off will begin anew: %s", error)
 
-    async def _read(self, request: Request) -> Piece:
+    async def _read(self, request: Request, deadline: float | None = None) -> Piece:
         """With the state after a prompt of which nothing is written."""
-        return await self._last(self.run(request, []))
+        return await self._last(self.run(request, [], deadline=deadline))
+
+    async def state_after(self, prompt: Prompt, answer: str, deadline: float) -> Piece:
+        """With the state after a prompt and a whole answer to it, which are read as any prompt is. Raises as `run`."""
+        ids = [*prompt.ids, *self.reader.encode(answer, begin=False)]
+        return await self._read(Request(ids, 0, start=prompt.start, keep=True), deadline)
 
     async def _last(self, pieces: AsyncGenerator[Piece, None]) -> Piece:
         """The piece with the state after what is read."""
@@ -585,7 +599,7 @@ class Service:
         ids, base = prompt.ids, prompt.base
         began, seen = prompt.cached, dict(base.transition or {}) if base is not None else None
         state, logits = (None, None) if prompt.start is None else (prompt.start.state, prompt.start.logits)
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        deadline = self.deadline()
         done = 0
         while done < len(ids):
             end = min(len(ids), done + self.settings.chunk - (began + done) % self.settings.chunk)
@@ -677,7 +691,7 @@ class Service:
         Raises:
             Refused: 504 over time.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        deadline = self.deadline()
 
         def piece() -> tuple[Found] | None:
             try:

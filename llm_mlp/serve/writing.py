@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -10,7 +10,9 @@ from typing import Any
 
 from llm_mlp.serve.http import both, error_detail, event
 from llm_mlp.serve.protocol import Generation
-from llm_mlp.serve.service import UNSERVED, Piece, Prompt, Service
+from llm_mlp.serve.service import UNSERVED, Piece, Prompt, Refused, Service
+
+log = logging.getLogger("llm_mlp.serve")
 
 
 class Kind:
@@ -93,19 +95,24 @@ class Completion(Kind):
 class Writer:
     """Pieces to a client's form, and what was used."""
 
-    def __init__(self, service: Service, kind: Kind, prompt: Prompt, body: Generation, user: str) -> None:
+    def __init__(
+        self, service: Service, kind: Kind, prompt: Prompt, body: Generation, user: str, deadline: float
+    ) -> None:
         self.service, self.kind, self.prompt, self.body, self.user = service, kind, prompt, body, user
+        self.deadline = deadline
         self.head: dict[str, Any] = {
             "id": kind.prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": service.settings.name,
         }
+        self.texts = [""] * (body.n or 1)
         self.tokens, self.joules = 0, 0.0
         self.facts = {"id": self.head["id"], "prompt_tokens": prompt.tokens, "cached_tokens": prompt.cached}
         self.facts |= {"user": user, "cache": prompt.reason.partition(":")[0], "energy_joules": None}
 
     def count(self, piece: Piece) -> None:
-        """What a piece adds to what was used."""
+        """What a piece adds to what was written and used."""
+        self.texts[piece.index] += piece.text
         self.tokens += len(piece.tokens)
         self.joules += piece.joules or 0.0
         # Nothing runs without energy: where none was told, nobody knows.
@@ -122,30 +129,48 @@ class Writer:
             "energy_joules": self.facts["energy_joules"],
         }
 
-    async def _saved(self, piece: Piece) -> dict[str, Any] | None:
+    async def _saved(self, piece: Piece) -> dict[str, Any]:
+        """Where an answer that is to be saved ends: what it was saved as, or why it was not. The answer itself is
+        whole by then, and whatever goes wrong is told beside it."""
         name = self.body.save_context
-        if name is None or piece.final is None:
-            return None
+        if name is None or piece.finish is None:
+            return {}
+        stored, why = None, None
+        try:
+            stored = await self._save(name, piece)
+        except UNSERVED as error:
+            why = error_detail(self.service.refusal(error)) | {"param": "save_context"}
+        except Exception:
+            log.exception("%s: the state after the answer was not saved", self.head["id"])
+            why = error_detail(Refused(500, "an error of the server; its log has it", "save_context"))
+        self.facts["saved"] = why is None
+        return {"context": stored, "context_error": why}
+
+    async def _save(self, name: str, piece: Piece) -> dict[str, Any]:
+        if piece.final is None:  # a stop text has ended it
+            piece = await self.service.state_after(self.prompt, self.texts[0], self.deadline)
+            self.count(piece)
+        assert piece.final is not None
         base = self.prompt.base if self.body.context is not None else None
-        return await asyncio.to_thread(self.service.save, self.user, name, piece.final, base)
+        return await self.service.save(self.user, name, piece.final, base, self.kind.closing)
 
     async def stream(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+        """The events of an answer whose first piece was waited for."""
         begun: set[int] = set()
-        offsets: dict[int, int] = {}
         head = {**self.head, "object": self.kind.objects[1]}
 
         try:
             async for piece in both(first, pieces):
+                offset = len(self.texts[piece.index])
                 self.count(piece)
                 saved = await self._saved(piece)
                 if not piece.text and piece.finish is None and (self.kind.alternatives is None or not piece.tokens):
                     continue
-                logprobs = self.kind.logprobs(piece.tokens, offsets.get(piece.index, 0))
-                offsets[piece.index] = offsets.get(piece.index, 0) + len(piece.text)
+                logprobs = self.kind.logprobs(piece.tokens, offset)
                 new = piece.index not in begun
                 begun.add(piece.index)
                 row = {**head, "choices": [self.kind.piece(piece.index, piece.text, new, piece.finish, logprobs)]}
-                yield event(row | ({"context": saved} if saved else {}))
+                yield event(row | saved)
             if self.body.usage_in_stream:
                 yield event({**head, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
@@ -154,20 +179,20 @@ class Writer:
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
 
-    async def whole(self, pieces: AsyncIterator[Piece], n: int) -> dict[str, Any]:
-        texts, finish = [""] * n, [""] * n
-        tokens: list[list] = [[] for _ in range(n)]
-        saved = None
+    async def whole(self, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+        """The answer in one."""
+        finish = [""] * len(self.texts)
+        tokens: list[list] = [[] for _ in finish]
+        saved: dict[str, Any] = {"context": None, "context_error": None}
         try:
             async for piece in pieces:
-                texts[piece.index] += piece.text
-                tokens[piece.index] += piece.tokens
                 self.count(piece)
+                tokens[piece.index] += piece.tokens
                 if piece.finish is not None:
                     finish[piece.index] = piece.finish
-                saved = await self._saved(piece) or saved
+                saved |= await self._saved(piece)
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
-        choices = [self.kind.whole(i, texts[i], finish[i], self.kind.logprobs(tokens[i], 0)) for i in range(n)]
-        found = {**self.head, "object": self.kind.objects[0], "choices": choices, "usage": self.usage}
-        return found | {"context": saved}
+        rows = zip(self.texts, finish, tokens, strict=True)
+        choices = [self.kind.whole(i, text, end, self.kind.logprobs(own, 0)) for i, (text, end, own) in enumerate(rows)]
+        return {**self.head, "object": self.kind.objects[0], "choices": choices, "usage": self.usage, **saved}

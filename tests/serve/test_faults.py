@@ -16,6 +16,7 @@ import torch
 from serve_cases import TEXT, serving, small_model
 
 from llm_mlp.context import format as files
+from llm_mlp.infer import Full
 from llm_mlp.serve import service as service_module
 
 STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
@@ -39,7 +40,7 @@ def made(http, name, text, **more):
     return found.json()
 
 
-@pytest.mark.parametrize("how", ["create", "append", "answer", "upload"])
+@pytest.mark.parametrize("how", ["create", "append", "upload"])
 def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
     http, service, folder = served
     before = made(http, "book", "The mill stood by the river.")
@@ -57,9 +58,6 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
             found = {
                 "create": lambda: http.post("/v1/contexts", json={"name": "new", "text": "More."}),
                 "append": lambda: http.post("/v1/contexts/book/append", json={"text": " More."}),
-                "answer": lambda: http.post(
-                    "/v1/completions", json={"prompt": " It", "context": "book", "save_context": "book"}
-                ),
             }[how]()
     message = found.json()["error"]["message"]
     assert found.status_code == 507 and "No space left on device" in message
@@ -67,6 +65,79 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
     assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
     assert not list(folder.rglob("*.tmp"))
     assert http.post("/v1/contexts/book/append", json={"text": " More."}).status_code == 201
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("completions", {"prompt": " It"}), ("chat/completions", {"messages": [{"role": "user", "content": "It"}]})],
+)
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [("disk", None, "No space left"), ("queue", "queue_full", "busy"), ("error", None, "its log has it")],
+)
+def test_an_answer_that_cannot_be_saved_is_told_whole(
+    served, monkeypatch, caplog, path, asked, stream, how, code, says
+):
+    """With 200 and the reason beside it, whole or as a stream to its end."""
+    http, service, folder = served
+    before = made(http, "book", "The mill stood by the river.")
+    body = {**asked, "max_tokens": 12, "temperature": 0, "context": "book", "stream": stream}
+
+    def ask(**more):
+        answer = http.post(f"/v1/{path}", json=body | {"stream_options": {"include_usage": True}} | more)
+        assert answer.status_code == 200, answer.text
+        if not stream:
+            found = answer.json()
+            text = found["choices"][0].get("text") or found["choices"][0]["message"]["content"]
+            return text, found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"], found
+        *rows, done = (line.removeprefix("data: ") for line in answer.text.split("\n\n") if line)
+        *rows, used = map(json.loads, rows)
+        assert done == "[DONE]"
+        choices = [row["choices"][0] for row in rows]
+        text = "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+        return text, choices[-1]["finish_reason"], used["usage"]["completion_tokens"], rows[-1]
+
+    more = {"stop": ask()[0][3:6]} if how == "queue" else {}  # the state behind a stop text is read again
+    want = ask(**more)
+    submit = service.engine.submit
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def busy(request, emit):
+        if request.max_tokens == 0:
+            raise Full("others wait")
+        return submit(request, emit)
+
+    with monkeypatch.context() as patch:
+        if how == "disk":
+            patch.setattr(files, "save_file", full)
+        elif how == "queue":
+            patch.setattr(service.engine, "submit", busy)
+        else:
+            patch.setattr(service.reader, "wrap", lambda *_: 1 / 0)
+        found = ask(save_context="book", **more)
+    assert found[:3] == want[:3]
+    error = found[3]["context_error"]
+    assert says in error["message"] and error["code"] == code and str(folder) not in error["message"]
+    assert error["param"] == "save_context" and found[3]["context"] is None
+    assert [r for r in caplog.records if r.exc_info] == [] or how == "error"
+    assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
+    saved = ask(save_context="book", **more)
+    assert saved[:3] == want[:3] and saved[3]["context"]["name"] == "book" and saved[3]["context_error"] is None
+
+
+def test_a_name_that_cannot_be_saved_to_is_refused_before_anything_is_written(served):
+    http, service, _ = served
+    made(http, "book", "The mill stood by the river.")
+    made(http, "other", "No mill stood there.")
+    for name, status, more in (("other", 409, {"context": "book"}), ("book", 409, {}), ("../x", 400, {})):
+        ask = {"prompt": " It", "max_tokens": 4, "save_context": name, **more}
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**ask, "stream": stream})
+            assert answer.status_code == status and answer.json()["error"]["param"] == "save_context", answer.text
+    assert service.engine.counters.tokens == 0
 
 
 def test_no_room_is_told(model, tmp_path):
