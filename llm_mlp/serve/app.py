@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from llm_mlp.infer import Request
 from llm_mlp.serve import answers
-from llm_mlp.serve.context_paths import add_context_tools, add_contexts
+from llm_mlp.serve.context_paths import add_context_paths
 from llm_mlp.serve.http import EVENTS, User, error_answer, unless_gone
 from llm_mlp.serve.protocol import (
     ChatRequest,
@@ -105,7 +105,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="llm-mlp", lifespan=life, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.service = service
     app.add_middleware(_Limits, service=service)
-    for add in (_add_errors, _add_about, _add_writing, add_contexts, add_context_tools):
+    for add in (_add_errors, _add_about, _add_writing, add_context_paths):
         add(app, service)
     return app
 

@@ -19,12 +19,20 @@ from llm_mlp.context.store import examine, summary
 from llm_mlp.serve import answers
 from llm_mlp.serve.http import EVENTS, User, both, error_detail, event, unless_gone
 from llm_mlp.serve.protocol import AppendRequest, ComposeRequest, ContextRequest, Expires, ForkRequest, UndoRequest
-from llm_mlp.serve.service import UNSERVED, Piece, Prompt, Refused, Service
+from llm_mlp.serve.reading import Reading, Readings
+from llm_mlp.serve.service import UNSERVED, Piece, Refused, Service
 
 FILE: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
-def add_contexts(app: FastAPI, service: Service) -> None:
+def add_context_paths(app: FastAPI, service: Service) -> None:
+    """All of them."""
+    readings = Readings(service)
+    _add_contexts(app, service, readings)
+    _add_context_tools(app, service, readings)
+
+
+def _add_contexts(app: FastAPI, service: Service, readings: Readings) -> None:
     """Contexts: listed, made, shown, continued, taken back, removed."""
 
     @app.get("/v1/contexts", response_model=answers.ContextList)
@@ -41,7 +49,8 @@ def add_contexts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts", **made)
     async def create(body: ContextRequest, http: HTTP, user: User) -> Response:
         service.free(user, body.name, "name")
-        return await _read_context(service, http, user, body.name, body, None)
+        begin = partial(readings.create, user, body.name, body.text, composable=body.composable)
+        return await _read_context(readings, http, body, await asyncio.to_thread(begin))
 
     @app.get("/v1/contexts/{name}", response_model=answers.ContextShown)
     async def show(name: str, user: User) -> dict[str, Any]:
@@ -58,7 +67,8 @@ def add_contexts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts/{name}/append", **made)
     async def append(name: str, body: AppendRequest, http: HTTP, user: User) -> Response:
         service.known(user, name)
-        return await _read_context(service, http, user, name, body, name)
+        reading = await asyncio.to_thread(readings.append, user, name, body.text)
+        return await _read_context(readings, http, body, reading)
 
     @app.post("/v1/contexts/{name}/fork", response_model=answers.ContextRow)
     async def fork(name: str, body: ForkRequest, user: User) -> dict[str, Any]:
@@ -70,11 +80,11 @@ def add_contexts(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts/{name}/undo", response_model=answers.ContextRow)
     async def undo(name: str, body: UndoRequest, http: HTTP, user: User) -> dict[str, Any]:
         service.known(user, name)
-        await unless_gone(http, service.undo(user, name, body.steps))
+        await unless_gone(http, readings.undo(user, name, body.steps))
         return await asyncio.to_thread(_row, service, user, name)
 
 
-def add_context_tools(app: FastAPI, service: Service) -> None:
+def _add_context_tools(app: FastAPI, service: Service, readings: Readings) -> None:
     """Contexts: compared, composed, asked what they recall, sent and taken in as files."""
     importing = asyncio.Lock()  # each file is loaded whole, to be checked
 
@@ -96,8 +106,8 @@ def add_context_tools(app: FastAPI, service: Service) -> None:
             return [service.context(user, each) for each in body.contexts]
 
         own = await asyncio.to_thread(parts)
-        context = await unless_gone(http, service.compose(own))
-        found = await unless_gone(http, service.recall_composed(own)) if body.recall else None
+        context = await unless_gone(http, readings.compose(own))
+        found = await unless_gone(http, readings.recall_composed(own)) if body.recall else None
         await asyncio.to_thread(
             partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
         )
@@ -111,7 +121,7 @@ def add_context_tools(app: FastAPI, service: Service) -> None:
     @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
     async def recall(name: str, http: HTTP, user: User) -> Any:
         context = await asyncio.to_thread(service.context, user, name)
-        return (await unless_gone(http, service.recall(context))).report()
+        return (await unless_gone(http, readings.recall(context))).report()
 
     @app.get("/v1/contexts/{name}/file", response_class=StreamingResponse, responses={200: {"content": FILE}})
     async def export(name: str, user: User) -> Response:
@@ -165,30 +175,14 @@ def add_context_tools(app: FastAPI, service: Service) -> None:
 
 
 async def _read_context(
-    service: Service, http: HTTP, user: str, name: str, body: ContextRequest | AppendRequest, base: str | None
+    readings: Readings, http: HTTP, body: ContextRequest | AppendRequest, reading: Reading
 ) -> Response:
-    """Read a text into context ``name``, behind context ``base``; as a stream of progress if the body asks for it."""
-    if isinstance(body, ContextRequest) and body.composable:
-        prompt = Prompt(await asyncio.to_thread(service.prompt_ids, body.text), reason="miss: all of it is read")
-        pieces = service.observed(prompt)
-    else:
-        prompt = await asyncio.to_thread(service.prompt, body.text, user, base)
-        if base is not None and prompt.base is not None and prompt.base.transition is not None:
-            pieces = service.observed(prompt)  # it stays composable
-        else:
-            pieces = service.reading(prompt, user, body.name if isinstance(body, ContextRequest) else None)
+    """Read a text into a context; as a stream of progress if the body asks for it."""
+    service, prompt, pieces = readings.service, reading.prompt, readings.pieces(reading)
 
     async def done(piece: Piece) -> dict[str, Any]:
-        def commit() -> None:
-            assert piece.final is not None
-            # What was found by its text is no parent: the name is a new one.
-            parent = prompt.base if base is not None else None
-            context = service.reader.wrap(piece.final, parent, piece.transition)
-            service.store(user).commit(context, name, expires=_until(body.expires_seconds))
-            service.store(user).forget_reading(name)
-
-        await asyncio.to_thread(commit)
-        found = await asyncio.to_thread(_row, service, user, name)
+        await asyncio.to_thread(readings.commit, reading, piece, _until(body.expires_seconds))
+        found = await asyncio.to_thread(_row, service, reading.user, reading.name)
         return found | {"cached_tokens": prompt.cached, "cache": prompt.reason}
 
     async def events(first: Piece) -> AsyncIterator[str]:

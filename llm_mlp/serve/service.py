@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,17 +25,10 @@ from llm_mlp.context import (
     ContextError,
     Loaded,
     Reader,
-    Recall,
-    SourceRecall,
     StorageError,
     Store,
-    ask,
-    composing,
     default_folder,
-    plant,
-    plant_each,
 )
-from llm_mlp.context.store import reading_name
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.energy import Energy
@@ -60,9 +52,6 @@ from llm_mlp.serve.protocol import Generation, Message
 log = logging.getLogger("llm_mlp.serve")
 
 GIB = 2**30
-# Tokens after which a long reading is stored, so that who asks again for what was cut off does not begin anew, and how
-# long that is kept.
-STRIDE, KEPT = 65_536, timedelta(days=1)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 Found = TypeVar("Found")
 
@@ -234,7 +223,6 @@ class Service:
         self._loaded = Loaded() if settings.memory is None else Loaded(**{held: stored})
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._observing = asyncio.Lock()
         self._mail: _Mail | None = None
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self.registry = CollectorRegistry()
@@ -447,6 +435,10 @@ class Service:
         """Of a request that comes now, by the running loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.timeout
 
+    def late(self) -> Refused:
+        """What is told of a request that is not done by its `deadline`."""
+        return Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+
     async def run(
         self,
         request: Request,
@@ -474,7 +466,7 @@ class Service:
                 raise Full(f"{load['waiting']} requests are waiting already, and this one asks for {n} answers")
             if len(request.prompt):
                 # Read once; the answers go on from copies of the state, as separate requests would from their own.
-                end = await self._read(replace(request, max_tokens=0, keep=True))
+                end = await self.read(replace(request, max_tokens=0, keep=True))
                 request, before = replace(request, prompt=[], start=end.final), end.joules
 
         mail = self._mail = self._mail if self._mail is not None and self._mail.loop is loop else _Mail(loop)
@@ -503,7 +495,7 @@ class Service:
                     async with asyncio.timeout_at(deadline):
                         index, event = await queue.get()
                 except TimeoutError:
-                    raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
+                    raise self.late() from None
                 if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
                     raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
                 if event.error and self.engine.failed is not None:
@@ -536,150 +528,14 @@ class Service:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def reading(self, prompt: Prompt, user: str, name: str | None) -> AsyncGenerator[Piece, None]:
-        """Reads a prompt, which may be a book: every `STRIDE` tokens what is read is stored beside ``name`` (None: it
-        is not), where a prompt that begins with it finds it.
-
-        Raises:
-            Refused: 504 over time; what was stored is not lost. `llm_mlp.infer.Full`: the queue is full.
-        """
-        deadline = self.deadline()
-        stride = -(-STRIDE // self.settings.chunk) * self.settings.chunk
-        start, done, total = prompt.start, 0, len(prompt.ids)
-        while True:
-            end = total if name is None else min(total, done + stride - (prompt.cached + done) % stride)
-            request = Request(prompt.ids[done:end], 0, start=start, keep=True)
-            try:
-                async with contextlib.aclosing(self.run(request, [], deadline=deadline)) as pieces:
-                    async for piece in pieces:
-                        piece.read += done
-                        if piece.final is not None and end < total:
-                            start, piece.final, piece.finish = piece.final, None, None
-                            await asyncio.to_thread(self._keep_reading, user, reading_name(name or ""), start)
-                        yield piece
-            except Refused as error:
-                if error.status == 504 and done:
-                    error.message += f"; {prompt.cached + done:,} tokens are kept: ask again to go on from there"
-                raise
-            done = end
-            if done == total:
-                return
-
-    def _keep_reading(self, user: str, name: str, start: Start) -> None:
-        try:
-            self.store(user).commit(self.reader.wrap(start), name, expires=KEPT, replace=True, unfinished=True)
-        except ContextError as error:  # the reading itself goes on
-            log.warning("a reading that is cut off will begin anew: %s", error)
-
-    async def _read(self, request: Request, deadline: float | None = None) -> Piece:
+    async def read(self, request: Request, deadline: float | None = None) -> Piece:
         """With the state after a prompt of which nothing is written."""
-        return await self._last(self.run(request, [], deadline=deadline))
+        return await last_piece(self.run(request, [], deadline=deadline))
 
     async def state_after(self, prompt: Prompt, answer: str, deadline: float) -> Piece:
         """With the state after a prompt and a whole answer to it, which are read as any prompt is. Raises as `run`."""
         ids = [*prompt.ids, *self.reader.encode(answer, begin=False)]
-        return await self._read(Request(ids, 0, start=prompt.start, keep=True), deadline)
-
-    async def _last(self, pieces: AsyncGenerator[Piece, None]) -> Piece:
-        """The piece with the state after what is read."""
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                if piece.final is not None:
-                    return piece
-        raise Refused(500, "the reading ended without a state")
-
-    async def observed(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
-        """Reads a prompt behind its base, or from nothing, and keeps the map that the text is: what composing needs.
-
-        In pieces of a chunk between the engine's steps, one text at a time: the layers are watched meanwhile.
-
-        Raises:
-            Refused: 504 over time.
-        """
-        ids, base = prompt.ids, prompt.base
-        began, seen = prompt.cached, dict(base.transition or {}) if base is not None else None
-        state, logits = (None, None) if prompt.start is None else (prompt.start.state, prompt.start.logits)
-        deadline = self.deadline()
-        done = 0
-        while done < len(ids):
-            end = min(len(ids), done + self.settings.chunk - (began + done) % self.settings.chunk)
-
-            def read(a: int = done, b: int = end, before: Any = state, map_: State | None = seen) -> Any:
-                with self.reader.observed(map_) as now:
-                    return *read_tokens(self.model, ids[a:b], before, position=began + a), now
-
-            if asyncio.get_running_loop().time() > deadline:
-                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
-            async with self._observing:
-                state, logits, seen = await self.between_steps(read)
-            done = end
-            piece = Piece(0, "", read=done)
-            if done == len(ids):
-                assert state is not None and logits is not None
-                before = [] if base is None else [base.tokens]
-                tokens = torch.cat([*before, torch.tensor(ids, dtype=torch.int32)])
-                piece.final, piece.transition, piece.finish = Start(tokens, state, logits), seen, "length"
-            yield piece
-
-    async def recall(self, context: Context) -> Recall:
-        """What a context's text still brings back, read once more with planted pairs as any prompt is; nothing of it
-        stays.
-
-        Raises:
-            ContextError: a text too short. Refused: one too long, or over time.
-        """
-        planted = await asyncio.to_thread(plant, self.reader, context)
-        end = await self._read_planted(planted.tokens, "context")
-        return await self.between_steps(partial(ask, self.reader, planted, end.state))
-
-    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
-        """The state after a text with planted pairs, which is read as any prompt is."""
-        if len(tokens) > (most := self.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
-        end = (await self._read(Request(tokens.tolist(), 0, keep=True))).final
-        assert end is not None
-        return end
-
-    async def compose(self, contexts: Sequence[Context]) -> Context:
-        """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
-        end = await self.in_pieces(composing(self.reader, contexts, [self.tokenizer.eos]))
-        return await asyncio.to_thread(self.reader.composed, end)
-
-    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
-        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
-        separator = torch.tensor([self.tokenizer.eos])
-        planted = await asyncio.to_thread(plant_each, self.reader, contexts, len(separator))
-        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
-        apart = []
-        for one in planted:
-            piece = await self._last(self.observed(Prompt(one.tokens.tolist())))
-            assert piece.final is not None
-            apart.append(await asyncio.to_thread(self.reader.wrap, piece.final, None, piece.transition))
-        states = (await self.compose(apart)).state, whole.state
-        return [
-            SourceRecall(*[await self.between_steps(partial(ask, self.reader, one, state)) for state in states])
-            for one in planted
-        ]
-
-    async def undo(self, user: str, name: str, steps: int) -> None:
-        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
-
-        Raises:
-            ContextError: no such mark. Refused: over time.
-        """
-        store = self.store(user)
-        plan = await asyncio.to_thread(store.plan_undo, name, self.reader, steps=steps)
-        made, before = plan.exact, plan.nearest
-        if made is None:
-            start, done = (None, 0) if before is None else (before.start, len(before.tokens))
-            ids = plan.now.tokens[done : plan.tokens].tolist()
-            if plan.composable:
-                piece = await self._last(self.observed(Prompt(ids, start, before, done)))
-            else:
-                piece = await self._read(Request(ids, 0, start=start, keep=True))
-            assert piece.final is not None
-            made = await asyncio.to_thread(self.reader.replayed, plan.now, piece.final, before, piece.transition)
-        await asyncio.to_thread(store.go_back, plan, made)
+        return await self.read(Request(ids, 0, start=prompt.start, keep=True), deadline)
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
@@ -702,7 +558,7 @@ class Service:
 
         while (done := await self.between_steps(piece)) is None:
             if asyncio.get_running_loop().time() > deadline:
-                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+                raise self.late()
         return done[0]
 
     def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
@@ -723,6 +579,19 @@ class Service:
             total = total + x[0].double().sum(0).cpu()
             yield
         return torch.nn.functional.normalize(total, dim=0).float()
+
+
+async def last_piece(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    """The piece with the state after what is read.
+
+    Raises:
+        Refused: as reading ``pieces`` does.
+    """
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            if piece.final is not None:
+                return piece
+    raise Refused(500, "the reading ended without a state")
 
 
 def _reseeded(request: Request, index: int) -> Request:

@@ -17,7 +17,7 @@ from serve_cases import TEXT, serving, small_model
 
 from llm_mlp.context import format as files
 from llm_mlp.infer import Full
-from llm_mlp.serve import service as service_module
+from llm_mlp.serve import reading as reading_module
 
 STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -252,34 +252,84 @@ def test_a_failed_engine_is_told_at_once(model, tmp_path, monkeypatch, caplog):
 # -- long readings -------------------------------------------------------------------------------------------------
 
 
-def test_a_reading_that_was_cut_off_goes_on(served, monkeypatch):
-    """By the same request: what was read is found, and the context is that of an uninterrupted one."""
-    http, service, _ = served
-    monkeypatch.setattr(service_module, "STRIDE", 100)  # rounded up to 128, four pieces
-    text = TEXT * 4
-    whole = made(http, "whole", text)
-    assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["whole"]
-    end = service.store("").get("whole")
-    assert http.delete("/v1/contexts/whole").status_code == 200
-    with http.stream("POST", "/v1/contexts", json={"name": "book", "text": text, "stream": True}) as answer:
+def ends_as(http, path, body, most):
+    """A streamed reading that its client leaves once ``most`` tokens are read."""
+    with http.stream("POST", path, json={**body, "stream": True}) as answer:
         rows = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
-        assert next(row for row in rows if row["read"] >= 160)["tokens"] == whole["tokens"]
-    deadline = time.time() + 20
-    while service.engine.busy:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    [left] = http.get("/v1/contexts").json()["data"]
-    assert left["name"] == "book.reading" and left["unfinished"] and left["expires"] and left["tokens"] % 128 == 0
-    again = made(http, "book", text)
-    assert again["cached_tokens"] == left["tokens"] >= 128 and again["tokens"] == whole["tokens"]
+        assert next(row for row in rows if row["read"] >= most)["tokens"] > most + 128
+
+
+@pytest.mark.parametrize("composable", [False, True])
+@pytest.mark.parametrize("append", [False, True])
+def test_a_reading_that_was_cut_off_goes_on(model, tmp_path, monkeypatch, append, composable):
+    """In another server, by the same request: what was read is found, and the context is that of an uninterrupted
+    one."""
+    monkeypatch.setattr(reading_module, "STRIDE", 100)  # rounded up to 128
+    first, text = "The mill stood by the river.", TEXT * 4
+    path, body = "/v1/contexts", {"text": text, "name": "book", "composable": composable}
+    if append:
+        path, body = "/v1/contexts/book/append", {"text": text}
+
+    def begin(http):
+        return made(http, "book", first, composable=composable) if append else {"tokens": 0}
+
+    with serving(tmp_path / "whole", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        begin(http)
+        whole = http.post(path, json=body).json()
+        assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
+        want = service.store("").get("book")
+    with serving(tmp_path / "cut", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        before = begin(http)
+        ends_as(http, path, body, 300)
+        deadline = time.time() + 20
+        while service.engine.busy:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        left = http.get("/v1/contexts").json()["data"][-1]
+        assert left["name"] == "book.reading" and left["unfinished"] and left["expires"]
+        assert left["tokens"] % 128 == 0 and left["tokens"] >= 256
+        assert not append or http.get("/v1/contexts/book").json()["id"] == before["id"]
+    with serving(tmp_path / "cut", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        again = http.post(path, json=body).json()
+        assert again["cached_tokens"] == left["tokens"] and again["tokens"] == whole["tokens"]
+        assert again["cache"].startswith(f"hit: {left['tokens']} of {whole['tokens']} tokens from ")
+        assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
+        now = service.store("").get("book")
+        assert again["versions"] == (2 if append else 1)
+        if append:
+            assert http.post("/v1/contexts/book/undo", json={}).json()["id"] == before["id"]
+    assert torch.equal(now.logits, want.logits) and torch.equal(now.tokens, want.tokens)
+    assert now.manifest.marks == want.manifest.marks and (now.transition is not None) == composable
+    tensors = now.tensors()
+    assert all(torch.equal(tensors[name], t) for name, t in want.tensors().items())
+
+
+def test_what_is_left_of_another_reading_is_not_gone_on_from(served, monkeypatch):
+    """Of another text, or behind another version; and a context of one's own that has its name stays as it is."""
+    http, service, _ = served
+    monkeypatch.setattr(reading_module, "STRIDE", 64)
+    path, text = "/v1/contexts/book/append", TEXT * 4
+    made(http, "book", "The mill.")
+    ends_as(http, path, {"text": text}, 200)
+    assert service.store("").entry("book.reading").unfinished
+    other = http.post(path, json={"text": "No mill. " * 80}).json()
+    assert other["cache"].startswith("hit: context 'book'")
     assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
-    now = service.store("").get("book")
-    assert torch.equal(now.tokens, end.tokens) and torch.equal(now.logits, end.logits)
-    assert all(torch.equal(now.state[name], t) for name, t in end.state.items())
+    http.post("/v1/contexts/book/undo", json={})
+    ends_as(http, path, {"text": text}, 200)
+    kept = service.store("").get("book.reading", service.reader)
+    assert http.post(path, json={"text": text[:50]}).status_code == 201
+    http.post("/v1/contexts/book/fork", json={"to": "copy"})
+    store = service.store("")
+    store.keep_reading(kept, "copy")  # of the same text, behind the version before
+    again = http.post("/v1/contexts/copy/append", json={"text": text[50:]}).json()
+    assert again["cache"].startswith("hit: context 'copy'")
+    own = made(http, "new.reading", "Mine.")
+    assert made(http, "new", text)["tokens"] and http.get("/v1/contexts/new.reading").json()["id"] == own["id"]
 
 
 def test_a_reading_over_time_says_how_to_go_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(service_module, "STRIDE", 64)
+    monkeypatch.setattr(reading_module, "STRIDE", 64)
     text = TEXT * 100
     with serving(tmp_path, model=model, timeout=1.0) as (url, _), httpx.Client(base_url=url, timeout=120) as http:
         cached = []
