@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from serve_cases import small_model
+import torch
+from serve_cases import TEXT, small_model
 
 from llm_mlp.checkpoint import save_model
 from llm_mlp.cli.serving import KEYS, read_keys
@@ -64,25 +67,62 @@ def test_serve_answers_and_ends_on_a_signal(folder, tmp_path):
         process.kill()
 
 
-def test_a_killed_server_loses_no_context(folder, tmp_path, model):
-    """Contexts whose creation was answered are whole after kill -9."""
-    args = ("serve", "--model", folder, "--port", 0, "--store", tmp_path)
+@contextlib.contextmanager
+def killed(folder, store):
+    """(URL, the process) of a server that is killed at the end, if not before."""
+    args = ("serve", "--model", folder, "--port", 0, "--store", store)
     process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
-    made = []
     try:
         line = ""
         while not line.startswith("listening on "):
             line = process.stderr.readline()
             assert line
-        url, until = line.split()[-1], time.time() + 1.5
+        yield line.split()[-1], process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+
+
+def test_a_killed_server_loses_no_context(folder, tmp_path, model):
+    """Contexts whose creation was answered are whole after kill -9."""
+    made = []
+    with killed(folder, tmp_path) as (url, _):
+        until = time.time() + 1.5
         while time.time() < until:
             found = httpx.post(url + "/v1/contexts", json={"name": f"c{len(made)}", "text": f"The river {len(made)}"})
             made.append(found.json()["id"])
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(30)
     store, reader = Store(tmp_path), Reader(*model)
     assert made and [store.get(f"c{i}", reader).id for i in range(len(made))] == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("composable", [False, True])
+def test_a_killed_servers_reading_goes_on(folder, tmp_path, composable):
+    """An append that kill -9 has cut off, asked for again, gives to the bit what one left alone gives."""
+    long, kept = {"text": TEXT * 250}, {}
+    for name in ("whole", "cut"):
+        store = tmp_path / name
+        with killed(folder, store) as (url, process), ThreadPoolExecutor(1) as pool:
+            paths = url + "/v1/contexts", url + "/v1/contexts/book/append"
+            first = {"name": "book", "text": "The mill.", "composable": composable}
+            assert httpx.post(paths[0], json=first, timeout=60).status_code == 201
+            asked = pool.submit(httpx.post, paths[1], json=long, timeout=300)
+            if name == "cut":
+                while not (store / "names" / "book.reading.json").exists():
+                    assert not asked.done()
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGKILL)
+                with pytest.raises(httpx.TransportError):
+                    asked.result()
+            else:
+                assert asked.result().json()["cached_tokens"] < 10
+        if name == "cut":
+            with killed(folder, store) as (url, _):
+                again = httpx.post(url + "/v1/contexts/book/append", json=long, timeout=300).json()
+                assert again["cached_tokens"] >= 65_536 and "an interrupted reading" in again["cache"]
+        kept[name] = Store(store).get("book").tensors()
+    assert kept["whole"].keys() == kept["cut"].keys()
+    assert all(torch.equal(kept["cut"][part], t) for part, t in kept["whole"].items())
 
 
 @pytest.mark.parametrize(
