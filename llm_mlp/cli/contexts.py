@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,6 +152,22 @@ def context_append(
     _say(context, name)
 
 
+def listing(own: Any) -> Iterator[str]:
+    """Lines of the contexts of a store, and what it takes."""
+    from llm_mlp.context.store import summary
+
+    manifests, usage, entries = own.manifests(), own.usage(), own.entries()
+    for row in (summary(e, manifests.get(e.id)) for e in entries):
+        notes = [n for n in ("unfinished", "replayed") if row[n]]
+        notes += [f"until {row['expires']}"] if row["expires"] else []
+        size = f"{row['tokens'] or 0:>10,} tokens"
+        yield f"{row['name']:24} {row['id']}  {size}  {row['created']}  {' '.join(notes)}".rstrip()
+    yield (
+        f"{own.folder}: {len(entries)} names, {usage['objects']} objects, {usage['disk_bytes'] / 1e6:,.1f} MB of which "
+        f"earlier versions {usage['snapshot_bytes'] / 1e6:,.1f} MB"
+    )
+
+
 @context_app.command("ls")
 def context_ls(store: StoreDir = None, as_json: AsJson = False) -> None:
     """List contexts, and what the store takes."""
@@ -158,20 +175,13 @@ def context_ls(store: StoreDir = None, as_json: AsJson = False) -> None:
     from llm_mlp.context.store import summary
 
     own = Store(store)
-    manifests, usage = own.manifests(), own.usage()
-    rows = [summary(e, manifests.get(e.id)) for e in own.entries()]
     if as_json:
-        typer.echo(json.dumps({"folder": str(own.folder), "contexts": rows, "usage": usage}, indent=1))
+        manifests = own.manifests()
+        rows = [summary(e, manifests.get(e.id)) for e in own.entries()]
+        typer.echo(json.dumps({"folder": str(own.folder), "contexts": rows, "usage": own.usage()}, indent=1))
         return
-    for row in rows:
-        notes = [n for n in ("unfinished", "replayed") if row[n]]
-        notes += [f"until {row['expires']}"] if row["expires"] else []
-        size = f"{row['tokens'] or 0:>10,} tokens"
-        typer.echo(f"{row['name']:24} {row['id']}  {size}  {row['created']}  {' '.join(notes)}".rstrip())
-    typer.echo(
-        f"{own.folder}: {len(rows)} names, {usage['objects']} objects, {usage['disk_bytes'] / 1e6:,.1f} MB of which "
-        f"earlier versions {usage['snapshot_bytes'] / 1e6:,.1f} MB"
-    )
+    for line in listing(own):
+        typer.echo(line)
 
 
 @context_app.command("show")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,15 +152,49 @@ def test_keys(tmp_path, monkeypatch):
         read_keys(tmp_path / "none")
 
 
-def test_chat_talks_takes_back_and_saves(folder, tmp_path):
-    said = "The mill\n/undo\n/undo\nThe wheel\n/save talk\n/what\n/save ../x\n/quit\n"
-    args = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 8, "--store", tmp_path)
-    done = subprocess.run(command(*args), input=said, capture_output=True, text=True, timeout=120)
+def chats(folder, store, said, *more):
+    """What `llm-mlp chat` writes on stdout, and its notes."""
+    args = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 8, "--store", store, *more)
+    done = subprocess.run(command(*args), input="\n".join(said), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "INFO" not in line]
-    assert lines[:2] == ["taken back", "nothing to take back"] and lines[2].startswith("saved talk: ")
-    assert lines[3].startswith("/what: unknown") and "is no name for a context" in lines[4]
+    return done.stdout, [line for line in done.stderr.splitlines() if "INFO" not in line]
+
+
+def test_chat_talks_takes_back_and_saves(folder, tmp_path):
+    said = ["The mill", "/undo", "/undo", "The wheel", "/save talk", "/what", "/save ../x", "/undo 2", "/load"]
+    _, lines = chats(folder, tmp_path, [*said, "/load no", "/help", "/quit", "No"])
+    first, second = lines[0], lines[3]
+    assert re.fullmatch(
+        r"8 tokens, [\d.]+ tokens/s \| \d+ tokens held in [\d.]+ MB \| cached 0 \(miss: nothing was said yet\)", first
+    )
+    assert lines[1:3] == ["taken back", "nothing to take back"] and "cached 0 (" in second
+    assert lines[4].startswith("saved talk: ") and lines[5] == "/what: unknown; /help lists what there is"
+    assert "is no name for a context" in lines[6] and lines[7].startswith("/undo takes nothing: ")
+    assert lines[8].startswith("/load takes NAME: ") and "'no' does not exist" in lines[9]
+    words = [line.split()[0] for line in lines[10:]]
+    assert words == ["/save", "/load", "/fork", "/undo", "/contexts", "/help", "/quit"]
     assert Store(tmp_path).get("talk").manifest.tokens > 8
+
+
+def test_chat_goes_on_from_contexts(folder, tmp_path):
+    """Loaded, saved again as the next version, forked under a name that has to be new, and listed."""
+    said = ["/save", "/save a", "/fork a", "The mill", "on", "/save a", "and on", "/save", "/save copy", "/contexts"]
+    _, lines = chats(folder, tmp_path, said)
+    assert lines[:3] == ["under which name? /save NAME", *["nothing was said yet"] * 2]
+    store = Store(tmp_path)
+    a, size = store.entry("a"), store.get("a").manifest.tokens
+    assert len(a.history) == 2 and store.entry("copy").id == a.id
+    assert "from the conversation)" in lines[4] and lines[-3].startswith("a ") and lines[-1].endswith(" MB")
+    said = ["/fork a", "/fork b", "The wheel", "/save", "/load a", "The wheel", "/undo", "/undo"]
+    again, lines = chats(folder, tmp_path, said, "--context", "a")
+    assert lines[0] == f"context a: {size:,} tokens, none read again" and "'a' exists" in lines[1]
+    assert lines[2] == f"forked to b: {size:,} tokens" and f"cached {size:,} (hit: {size} of " in lines[3]
+    assert f" tokens from {a.id})" in lines[3] and lines[4].startswith("saved b: ") and lines[5] == lines[0]
+    assert lines[-2:] == ["taken back", "nothing to take back"]
+    answers = again.splitlines()
+    assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]  # the same words behind the same context
+    now, b = store.entry("a"), store.get("b")
+    assert now == a and b.manifest.parent == a.id and len(store.entry("b").history) == 2
 
 
 def test_talk_goes_on_from_its_state(model):
