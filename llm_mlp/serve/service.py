@@ -496,12 +496,8 @@ class Service:
                         index, event = await queue.get()
                 except TimeoutError:
                     raise self.late() from None
-                if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
-                    raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
-                if event.error and self.engine.failed is not None:
-                    raise self.engine.stopped()
-                if event.error:
-                    raise Refused(500, f"the engine failed: {event.error}")
+                if event.error and not texts[index].stopped:  # an answer that a stop text has ended is whole
+                    raise self._failure(event.error)
                 now, text = loop.time(), texts[index]
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
@@ -527,6 +523,14 @@ class Service:
         finally:
             for ticket in tickets:
                 ticket.cancel()
+
+    def _failure(self, error: str) -> Exception:
+        """What is told of a request that the engine has ended with an error."""
+        if self.engine.failed is not None:
+            return self.engine.stopped()
+        if error.startswith("constraint: "):  # the engine's word for it
+            return Refused(400, f"the schema or expression cannot be followed: {error[12:]}")
+        return Refused(500, f"the engine failed: {error}")
 
     async def read(self, request: Request, deadline: float | None = None) -> Piece:
         """With the state after a prompt of which nothing is written."""
