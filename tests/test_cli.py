@@ -390,14 +390,21 @@ def test_contexts(call, trained, tmp_path, monkeypatch):
     assert "removed 1 expired names, 2 objects" in call("context", "gc")[1]
 
 
-def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("verb", ["create", "append"])
+@pytest.mark.parametrize("composable", [(), ("--composable",)])
+def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch, verb, composable):
     monkeypatch.setenv("LLM_MLP_CONTEXTS", str(tmp_path / "store"))
     for place in ("llm_mlp.infer.prefill.PREFILL", "llm_mlp.context.context.PREFILL"):
         monkeypatch.setattr(place, 32)
     from llm_mlp.context import Store
 
     text = "A river runs through it, and through the town. " * 9
-    assert call("context", "create", "whole", "--model", trained, "--text", text)[0] == 0
+    model = ("--model", trained)
+    for name in ("whole", "parts"):
+        if verb == "append":
+            assert call("context", "create", name, *model, *composable, "--text", "A boat.")[0] == 0
+    options = (*model, *(composable if verb == "create" else ()), "--text", text)
+    assert call("context", verb, "whole", *options)[0] == 0
     commit = Store.commit
 
     def interrupted(self, context, name=None, **more):
@@ -405,15 +412,22 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
         if more.get("unfinished"):
             raise KeyboardInterrupt
 
-    create = ("context", "create", "parts", "--model", trained, "--text", text, "--every", "64")
+    read = ("context", verb, "parts", *options, "--every", "64")
     with monkeypatch.context() as m:
         m.setattr(Store, "commit", interrupted)
-        assert call(*create)[0] == 130
+        assert call(*read)[0] == 130
     assert "unfinished" in call("context", "ls")[1]
-    assert call(*create)[0] == 0
+    status, _, err = call(*read[:-3], "Another text.", *read[-2:])
+    assert status == 1 and "the interrupted reading is of another text; remove it" in err
+    assert call(*read)[0] == 0
     whole, parts = (Store().get(name) for name in ("whole", "parts"))
-    assert all((t == parts.state[name]).all() for name, t in whole.state.items())
+    assert whole.manifest.marks == parts.manifest.marks and bool(parts.transition) == bool(composable)
+    own = parts.tensors()
+    assert all((t == own[name]).all() for name, t in whole.tensors().items())
     assert "unfinished" not in call("context", "ls")[1]
+    if verb == "append":
+        assert call("context", "undo", "parts", *model)[0] == 0
+        assert Store().get("parts").tokens.equal(Store().get("whole").tokens[: whole.manifest.marks[0]])
 
 
 def test_doctor(call, trained, monkeypatch):

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 import llm_mlp
+from llm_mlp.cli.chat import chat
 from llm_mlp.cli.contexts import context_app
 from llm_mlp.cli.options import Device, Kept, ModelDir, Overrides, Plot, Repeats, StoreDir, Threads, Tokens, Weights
 from llm_mlp.cli.plan import plan
 from llm_mlp.cli.runs import run_app
-from llm_mlp.cli.serving import chat, serve
+from llm_mlp.cli.serving import serve
 
 app = typer.Typer(
     help="LLM-MLP: language models without attention, made of perception heads.",

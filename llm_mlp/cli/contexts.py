@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ Expires = Annotated[
     float | None,
     typer.Option("--expires-hours", min=0, help="It is gone after so many; gc removes its file.", show_default=False),
 ]
+Every = Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")]
 Replace = Annotated[bool, typer.Option("--replace", help="A name that exists takes the new context.")]
 
 
@@ -59,6 +61,23 @@ def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool
     return Reader(*load_model(model, device=pick_device(device), weights=weights, state=kept), transitions=transitions)
 
 
+def _read_into(own: Any, name: str, reader: Any, tokens: Any, every: int, base: Any = None) -> Any:
+    """The context of ``tokens``, read behind ``base`` on the way into ``name`` of store ``own``: from where an
+    interrupted reading of the same has come to, and kept on the way."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    begun = own.begun(name, reader)
+    done = next((len(c.tokens) for c in (begun, base) if c is not None), 0)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("reading tokens", total=len(tokens), completed=done)
+        for context in reader.pieces(begun, tokens, every, base):
+            if len(context.tokens) < len(tokens):
+                own.keep_reading(context, name)
+            bar.update(task, completed=len(context.tokens))
+    return context
+
+
 def _brought_back(found: Any) -> str:
     """A `Recall` in words."""
     low, high = found.interval
@@ -77,7 +96,7 @@ def context_create(
     model: ModelDir,
     text: Text = "",
     file: File = None,
-    every: Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")] = 262_144,
+    every: Every = 262_144,
     composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
     replace: Replace = False,
     expires_hours: Expires = None,
@@ -88,25 +107,15 @@ def context_create(
 ) -> None:
     """Read a text into a context. An interrupted reading goes on where it was when the command is given again."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from llm_mlp.context import ContextError, Store
-    from llm_mlp.context.store import reading_name
 
     own = Store(store)
-    working = reading_name(name)
     if own.look(name) is not None and not replace:
         raise ContextError(f"context {name!r} exists; choose another name, or --replace")
     reader = _reader(model, device, weights, kept, composable)
     tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
-    begun = own.get(working, reader) if own.look(working) is not None else None
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("reading tokens", total=len(tokens), completed=len(begun.tokens) if begun else 0)
-        for context in reader.pieces(begun, tokens, every):
-            if len(context.tokens) < len(tokens):
-                own.commit(context, working, replace=True, unfinished=True)
-            bar.update(task, completed=len(context.tokens))
+    context = _read_into(own, name, reader, tokens, every)
     own.commit(context, name, replace=replace, expires=_until(expires_hours))
     own.forget_reading(name)
     _say(context, name)
@@ -118,22 +127,45 @@ def context_append(
     model: ModelDir,
     text: Text = "",
     file: File = None,
+    every: Every = 262_144,
     expires_hours: Expires = None,
     store: StoreDir = None,
     weights: Weights = "fp32",
     kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
-    """Read on in a context; what it was before can be come back to (undo)."""
+    """Read on in a context; what it was before can be come back to (undo). An interrupted reading goes on where it was
+    when the command is given again."""
+    import torch
+
     from llm_mlp.context import ContextError, Store
 
     own = Store(store)
     if own.entry(name).unfinished:
         raise ContextError(f"context {name!r} is an interrupted reading; give the command that began it again")
     reader = _reader(model, device, weights, kept)
-    context = reader.append(own.get(name, reader), reader.encode(_text(text, file), begin=False))
+    base = own.get(name, reader)
+    tokens = torch.cat([base.tokens, torch.tensor(reader.encode(_text(text, file), begin=False), dtype=torch.int32)])
+    context = _read_into(own, name, reader, tokens, every, base)
     own.commit(context, name, expires=_until(expires_hours))
+    own.forget_reading(name)
     _say(context, name)
+
+
+def listing(own: Any) -> Iterator[str]:
+    """Lines of the contexts of a store, and what it takes."""
+    from llm_mlp.context.store import summary
+
+    manifests, usage, entries = own.manifests(), own.usage(), own.entries()
+    for row in (summary(e, manifests.get(e.id)) for e in entries):
+        notes = [n for n in ("unfinished", "replayed") if row[n]]
+        notes += [f"until {row['expires']}"] if row["expires"] else []
+        size = f"{row['tokens'] or 0:>10,} tokens"
+        yield f"{row['name']:24} {row['id']}  {size}  {row['created']}  {' '.join(notes)}".rstrip()
+    yield (
+        f"{own.folder}: {len(entries)} names, {usage['objects']} objects, {usage['disk_bytes'] / 1e6:,.1f} MB of which "
+        f"earlier versions {usage['snapshot_bytes'] / 1e6:,.1f} MB"
+    )
 
 
 @context_app.command("ls")
@@ -143,20 +175,13 @@ def context_ls(store: StoreDir = None, as_json: AsJson = False) -> None:
     from llm_mlp.context.store import summary
 
     own = Store(store)
-    manifests, usage = own.manifests(), own.usage()
-    rows = [summary(e, manifests.get(e.id)) for e in own.entries()]
     if as_json:
-        typer.echo(json.dumps({"folder": str(own.folder), "contexts": rows, "usage": usage}, indent=1))
+        manifests = own.manifests()
+        rows = [summary(e, manifests.get(e.id)) for e in own.entries()]
+        typer.echo(json.dumps({"folder": str(own.folder), "contexts": rows, "usage": own.usage()}, indent=1))
         return
-    for row in rows:
-        notes = [n for n in ("unfinished", "replayed") if row[n]]
-        notes += [f"until {row['expires']}"] if row["expires"] else []
-        size = f"{row['tokens'] or 0:>10,} tokens"
-        typer.echo(f"{row['name']:24} {row['id']}  {size}  {row['created']}  {' '.join(notes)}".rstrip())
-    typer.echo(
-        f"{own.folder}: {len(rows)} names, {usage['objects']} objects, {usage['disk_bytes'] / 1e6:,.1f} MB of which "
-        f"earlier versions {usage['snapshot_bytes'] / 1e6:,.1f} MB"
-    )
+    for line in listing(own):
+        typer.echo(line)
 
 
 @context_app.command("show")

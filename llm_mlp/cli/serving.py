@@ -1,10 +1,9 @@
-"""`llm-mlp serve` and `llm-mlp chat`."""
+"""`llm-mlp serve`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -131,72 +130,3 @@ def serve(
                 typer.echo(f"listening on http://{host}:{own[1]}", err=True)
 
     Server(config).run()
-
-
-def chat(
-    model: ModelDir,
-    context: Annotated[str, typer.Option("--context", help="Go on from this stored context; it stays as it is.")] = "",
-    system: Annotated[str, typer.Option(help="What the conversation begins with.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1)] = None,
-    store: StoreDir = None,
-    weights: Weights = "fp32",
-    kept: Kept = "auto",
-    device: Device = "auto",
-) -> None:
-    """Talk to a model in the terminal. /undo takes the last exchange back, /save NAME keeps the conversation as a
-    context, /quit (or Ctrl-D) ends."""
-    from llm_mlp.checkpoint import load_model
-    from llm_mlp.config import ConfigError
-    from llm_mlp.context import ContextError, Reader, Store
-    from llm_mlp.device import pick_device
-    from llm_mlp.infer import Sampling
-
-    try:
-        from llm_mlp.data.chat import ChatError, ChatTemplate
-        from llm_mlp.serve.talk import Talk
-    except ImportError as error:
-        raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
-    logging.getLogger("llm_mlp").setLevel(logging.WARNING)
-    choice = Sampling(temperature, top_p=top_p)
-    lm, tokenizer = load_model(model, device=pick_device(device), weights=weights, state=kept)
-    reader = Reader(lm, tokenizer)
-    try:
-        template = ChatTemplate(tokenizer)
-        base = Store(store).get(context, reader) if context else None
-        talk = Talk(reader, template, base, system)
-    except ChatError as error:
-        raise ConfigError(str(error)) from None
-    if base is not None:
-        typer.echo(f"context {context}: {len(base.tokens):,} tokens, none read again", err=True)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        command, _, rest = line.strip().partition(" ")
-        try:
-            if command == "/quit":
-                return
-            if command == "/undo":
-                typer.echo("taken back" if talk.undo() else "nothing to take back", err=True)
-            elif command == "/save":
-                made = talk.context()
-                if made is None:
-                    typer.echo("nothing was said yet", err=True)
-                else:
-                    Store(store).commit(made, rest.strip())
-                    typer.echo(f"saved {rest.strip()}: {len(made.tokens):,} tokens", err=True)
-            elif command.startswith("/"):
-                typer.echo(f"{command}: unknown; /undo, /save NAME, /quit", err=True)
-            elif line.strip():
-                for text in talk.say(line, max_tokens, choice, seed):
-                    typer.echo(text, nl=False)
-                    sys.stdout.flush()
-                typer.echo()
-        except (ContextError, ChatError) as error:
-            typer.echo(f"error: {error}", err=True)
-        except KeyboardInterrupt:
-            typer.echo("\n(stopped)", err=True)

@@ -154,7 +154,7 @@ class Reader:
         self, tokens: Sequence[int] | Tensor, *, progress: Callable[[int], None] | None = None, mark: bool = True
     ) -> Context:
         """Read ids from nothing."""
-        return self._read(None, tokens, progress, mark)
+        return self._read(None, tokens, None, progress, mark)
 
     def append(
         self,
@@ -165,39 +165,60 @@ class Reader:
         mark: bool = True,
     ) -> Context:
         """Read on. ``mark``: the end is a place to come back to (`Store.undo`)."""
-        return self._read(context, tokens, progress, mark)
+        return self._read(context, tokens, context, progress, mark)
 
-    def pieces(self, context: Context | None, tokens: Tensor, every: int) -> Iterable[Context]:
-        """Contexts on the way to reading all of ``tokens`` (from nothing, whatever ``context`` has of them already).
+    def pieces(
+        self, begun: Context | None, tokens: Tensor, every: int, base: Context | None = None
+    ) -> Iterable[Context]:
+        """Contexts on the way to reading all of ``tokens``: from nothing, or behind ``base``, whose text they begin
+        with.
 
-        ``every``: tokens between them, rounded up to pieces of `PREFILL`; the last is that of the whole text.
+        Args:
+            begun: one of them, where a reading was interrupted; it is gone on from. every: tokens between them, rounded
+                up to pieces of `PREFILL`; the last is that of the whole text.
 
         Raises:
-            ContextError: ``context`` is of another text.
+            ContextError: nothing to read, or ``begun`` is of another text.
         """
-        done = 0
-        if context is not None:
-            done = len(context.tokens)
-            if done > len(tokens) or not torch.equal(context.tokens, tokens[:done].to(torch.int32)):
-                raise ContextError("the interrupted reading is of another text; remove it, or choose another name")
-            if self.transitions and context.transition is None:
-                raise ContextError("the interrupted reading keeps no transitions; remove it, or read on without them")
+        if len(tokens) <= (0 if base is None else len(base.tokens)):
+            raise ContextError("there is nothing to read: the text is empty")
+        if begun is not None:
+            self.check_begun(begun, tokens, base, self.transitions if base is None else base.transition is not None)
+        context = base if begun is None else begun
+        done = 0 if context is None else len(context.tokens)
         stride = -(-every // PREFILL) * PREFILL
-        if context is not None and done == len(tokens):
-            yield context
         while done < len(tokens):
             end = min(len(tokens), (done // stride + 1) * stride)
-            context = self._read(context, tokens[done:end], None, end == len(tokens))
+            context = self._read(context, tokens[done:end], base, None, end == len(tokens))
             done = end
             yield context
+
+    def check_begun(self, begun: Context, tokens: Tensor, base: Context | None, transitions: bool) -> None:
+        """Refuse an interrupted reading unless reading ``tokens`` behind ``base`` can go on from it.
+
+        Raises:
+            ContextError: it cannot.
+        """
+        done = len(begun.tokens)
+        if done >= len(tokens) or not torch.equal(begun.tokens, tokens[:done].to(torch.int32)):
+            raise ContextError("the interrupted reading is of another text; remove it (NAME.reading) to begin anew")
+        if begun.manifest.parent != (None if base is None else base.id):
+            raise ContextError(
+                "the interrupted reading goes on from another version of the context; remove it (NAME.reading) to "
+                "begin anew"
+            )
+        if transitions and begun.transition is None:
+            raise ContextError("the interrupted reading keeps no transitions; remove it, or read on without them")
 
     def _read(
         self,
         before: Context | None,
         tokens: Sequence[int] | Tensor,
+        parent: Context | None,
         progress: Callable[[int], None] | None,
         mark: bool,
     ) -> Context:
+        """Behind ``before``, as what continues ``parent``: the same, or what a reading in pieces began with."""
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         if before is None:
             with self.observed(None if self.transitions else False) as seen:
@@ -209,8 +230,8 @@ class Reader:
         with self.observed(before.transition or False) as seen:
             state, logits = read_tokens(self.model, ids, own, position=len(before.tokens), progress=progress)
         both = torch.cat([before.tokens, ids.to(torch.int32)])
-        marks = [*before.manifest.marks, *([len(both)] if mark else [])]
-        return self._made(both, state, logits, before, marks, seen)
+        marks = [*(parent.manifest.marks if parent else []), *([len(both)] if mark else [])]
+        return self._made(both, state, logits, parent, marks, seen)
 
     @contextlib.contextmanager
     def observed(self, before: State | Literal[False] | None) -> Iterator[State | None]:

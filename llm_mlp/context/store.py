@@ -389,10 +389,39 @@ class Store:
             path.unlink(missing_ok=True)
         self.gc()
 
+    # -- long readings ---------------------------------------------------------------------------------------------
+
+    def keep_reading(self, context: Context, name: str, *, expires: timedelta | None = None) -> None:
+        """Store what is read so far of a text that is on its way into ``name``, in place of what was kept before.
+
+        Raises:
+            ContextError: a context of the user's own has that name. StorageError: no room, or it could not be written.
+        """
+        with self._lock:
+            there = self.look(reading_name(name))
+            if there is not None and not there.unfinished:
+                raise ContextError(
+                    f"context {there.name!r} is in the way of what is kept of the reading into {name!r}; give it "
+                    "another name (`context fork`, `context rm`)"
+                )
+            self.commit(context, reading_name(name), expires=expires, replace=True, unfinished=True)
+
+    def begun(self, name: str, reader: Reader) -> Context | None:
+        """What an interrupted reading into ``name`` has left; `Reader.check_begun` says whether it is of the same text.
+
+        Raises:
+            ContextError: a damaged file, or of another model.
+        """
+        there = self.look(reading_name(name))
+        return self._load(there.id, reader) if there is not None and there.unfinished else None
+
     def forget_reading(self, name: str) -> None:
-        """Remove what an interrupted reading of a text left under `reading_name`, where there is any."""
-        if self.look(reading_name(name)) is not None:
-            self.remove(reading_name(name))
+        """Remove what `keep_reading` has kept, where there is any."""
+        there = self.look(reading_name(name))
+        if there is not None and there.unfinished:
+            self.remove(there.name)
+
+    # -- files -----------------------------------------------------------------------------------------------------
 
     def export(self, name: str, path: str | Path) -> None:
         """Write a context's file elsewhere."""

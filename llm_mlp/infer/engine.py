@@ -52,6 +52,10 @@ class Full(RuntimeError):
     """The queue is full; ask again later."""
 
 
+class Stopped(RuntimeError):
+    """The engine takes nothing more: it is closing, or has failed."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A text to go on from.
@@ -220,8 +224,10 @@ class Engine:
         self._running: list[Ticket] = []  # a request's place here is its row of the pool
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._numbers = itertools.count(1)
+        self._open: dict[int, Ticket] = {}  # whose end nobody has been told, by number, wherever they are
         self._changed = threading.Condition()
         self._closed = False
+        self.failed: BaseException | None = None  # what `run` ended with
 
     # -- from any thread -------------------------------------------------------------------------------------------
 
@@ -229,8 +235,8 @@ class Engine:
         """Queue a request; ``emit`` gets its events, in the engine's thread, the last one with ``finish``.
 
         Raises:
-            Full: the queue is full, or the engine is closing. ValueError: tokens that are no tokens of the model, or a
-                start whose state is kept in other dtypes.
+            Full: the queue is full. Stopped: the engine is closing, or has failed. ValueError: ids that are no tokens
+                of the model, or a start whose state is kept in other dtypes.
         """
         if request.max_tokens < 0 or (request.start is None and not len(request.prompt)):
             raise ValueError("a request needs a prompt or a start, and max_tokens of at least 0")
@@ -243,20 +249,25 @@ class Engine:
             raise ValueError(f"logit_bias: token {bad[0]} is outside the vocabulary of {self.vocabulary}")
         with self._changed:
             if self._closed:
-                raise Full("the engine is closing")
+                raise self.stopped()
             if len(self._waiting) >= self.queue + self._free:
                 raise Full(f"{len(self._waiting)} requests are waiting already")
             ticket = Ticket(next(self._numbers), request, emit, self._wake)
             self._waiting.append(ticket)
+            self._open[ticket.number] = ticket
             self._changed.notify()
         return ticket
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Run ``function`` between two steps, where it may use the model; its result."""
+        """Run ``function`` between two steps, where it may use the model; its result.
+
+        Raises:
+            Stopped: the engine is closing, or has failed; the result raises it too where that comes before its turn.
+        """
         future: Future = Future()
         with self._changed:
             if self._closed:
-                raise Full("the engine is closing")
+                raise self.stopped()
             self._calls.append((function, future))
             self._changed.notify()
         return future
@@ -266,6 +277,13 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def stopped(self) -> Stopped:
+        """Why nothing more is taken, as an error."""
+        if self.failed is None:
+            return Stopped("the engine is closing")
+        why = type(self.failed).__name__  # its text may tell of the machine; the log has it
+        return Stopped(f"the engine has failed ({why}) and takes no more requests until it is started again")
 
     def _wake(self) -> None:
         with self._changed:
@@ -293,14 +311,38 @@ class Engine:
     # -- from the engine's thread ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Step while there is work, wait while there is none, return after `close` when all is done."""
-        while True:
-            with self._changed:
-                while not self.busy and not self._closed:
-                    self._changed.wait()
-                if not self.busy:
-                    return
-            self.step()
+        """Step while there is work, wait while there is none, return after `close` when all is done.
+
+        Raises:
+            BaseException: what a step could not deal with. All requests and calls have then ended with an error, and
+                `submit` and `call` refuse more.
+        """
+        try:
+            while self._has_work():
+                self.step()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _has_work(self) -> bool:
+        """Waits until there is some; False: `close` was called and all is done."""
+        with self._changed:
+            while not self.busy and not self._closed:
+                self._changed.wait()
+            return self.busy
+
+    def _abandon(self, error: BaseException) -> None:
+        """Tell everybody who waits that nothing more comes: no step will."""
+        with self._changed:
+            self.failed, self._closed = error, True
+            tickets, calls = list(self._open.values()), list(self._calls)
+            for held in (self._waiting, self._reading, self._running, self._calls):
+                held.clear()
+        for ticket in tickets:
+            self._finish(ticket, "error", error=str(self.stopped()))
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self.stopped())
 
     @torch.no_grad()
     def step(self) -> None:
@@ -586,6 +628,7 @@ class Engine:
         self._finish(ticket, finish, final, error)
 
     def _finish(self, ticket: Ticket, finish: Finish, final: Start | None = None, error: str = "") -> None:
+        self._open.pop(ticket.number, None)
         self.counters.finished[finish] = self.counters.finished.get(finish, 0) + 1
         ticket.emit(Event(read=ticket.done, finish=finish, final=final, error=error, joules=ticket.joules))
 

@@ -87,7 +87,8 @@ class Answer(BaseModel):
     created: int
     model: str
     usage: Usage
-    context: SavedContext | None
+    context: SavedContext | None = Field(description="what the state was stored as; null: it was not")
+    context_error: ErrorDetail | None = Field(description="why save_context failed; the answer is whole all the same")
 
 
 class TextAnswer(Answer):

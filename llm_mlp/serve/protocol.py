@@ -58,7 +58,7 @@ class Generation(Body):
     response_format: dict[str, Any] | None = None
     regex: str | None = Field(None, description="the answer matches it, from its begin to its end")
     context: str | None = Field(None, description="go on from this stored context")
-    save_context: str | None = Field(None, description="store the state after the answer under this name")
+    save_context: str | None = Field(None, description="store the state after the answer so; `context_error`: why not")
 
     @field_validator("stop")
     @classmethod

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,21 +25,25 @@ from llm_mlp.context import (
     ContextError,
     Loaded,
     Reader,
-    Recall,
-    SourceRecall,
     StorageError,
     Store,
-    ask,
-    composing,
     default_folder,
-    plant,
-    plant_each,
 )
-from llm_mlp.context.store import reading_name
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.energy import Energy
-from llm_mlp.infer import ConstraintError, Engine, Event, Full, Grammars, Request, Start, read_tokens, slots_within
+from llm_mlp.infer import (
+    ConstraintError,
+    Engine,
+    Event,
+    Full,
+    Grammars,
+    Request,
+    Start,
+    Stopped,
+    read_tokens,
+    slots_within,
+)
 from llm_mlp.infer.constraint import Grammar
 from llm_mlp.models import LM
 from llm_mlp.models.mixer import State
@@ -49,9 +52,6 @@ from llm_mlp.serve.protocol import Generation, Message
 log = logging.getLogger("llm_mlp.serve")
 
 GIB = 2**30
-# Tokens after which a long reading is stored, so that who asks again for what was cut off does not begin anew, and how
-# long that is kept.
-STRIDE, KEPT = 65_536, timedelta(days=1)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 Found = TypeVar("Found")
 
@@ -97,6 +97,9 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.field, self.code = status, message, field, code
+
+
+UNSERVED = (Refused, Full, Stopped, ContextError)  # what a client is told of: `Service.refusal`
 
 
 @dataclass
@@ -220,9 +223,8 @@ class Service:
         self._loaded = Loaded() if settings.memory is None else Loaded(**{held: stored})
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._observing = asyncio.Lock()
         self._mail: _Mail | None = None
-        self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("llm_mlp_requests", "Requests by path and status.", ["path", "status"], **own)
@@ -243,6 +245,12 @@ class Service:
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self._thread.join(timeout)
+
+    def _run_engine(self) -> None:
+        try:
+            self.engine.run()
+        except BaseException:  # everybody who waits has been told, nobody of what it was
+            log.critical("the engine has failed: nothing is written or read until the server restarts", exc_info=True)
 
     @property
     def alive(self) -> bool:
@@ -342,11 +350,17 @@ class Service:
         try:
             return store.get(name, self.reader)
         except ContextError as error:
-            raise self.refusal(error, "context") from None
+            raise self.refusal(error) from None
 
-    def refusal(self, error: ContextError, field: str | None = None) -> Refused:
-        """What is told of it: 507 where the store is what failed, else 409."""
-        return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), field)
+    def refusal(self, error: Exception) -> Refused:
+        """What a client is told of one of `UNSERVED`: of a context's error 507 where the store failed, else 409."""
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, Full):
+            return Refused(429, f"busy: {error}", code="queue_full")
+        if isinstance(error, Stopped):
+            return Refused(503, str(error), code="engine_stopped")
+        return Refused(507 if isinstance(error, StorageError) else 409, self.told(str(error)), "context")
 
     def told(self, text: str) -> str:
         """A message of the store's, without where it lies."""
@@ -361,17 +375,34 @@ class Service:
         if there is None:
             raise Refused(404, f"context {name!r} does not exist", "context", "context_not_found")
 
-    def save(self, user: str, name: str, end: Start, base: Context | None) -> dict[str, Any]:
-        """Store the state after an answer: a new version where ``name`` means what was gone on from.
+    def free(self, user: str, name: str, field: str, base: Context | None = None) -> None:
+        """Raises `Refused` unless something new, or what continues ``base``, can be stored as ``name``."""
+        try:
+            there = self.store(user).look(name)
+        except ContextError as error:
+            raise Refused(400, self.told(str(error)), field) from None
+        if there is not None and (base is None or there.id != base.id):
+            raise Refused(409, f"context {name!r} exists; choose another name", field)
+
+    async def save(
+        self, user: str, name: str, end: Start, base: Context | None, closing: Sequence[int]
+    ) -> dict[str, Any]:
+        """Store the state after an answer and ``closing`` ids behind it: a new version where ``name`` means ``base``,
+        what was gone on from.
 
         Raises:
-            Refused: 409 the name means another text, 507 there is no room.
+            ContextError: the name means another text by now, or there is no room. `llm_mlp.infer.Stopped`: the engine
+                has failed, or is closing.
         """
-        context = self.reader.wrap(end, base)
-        try:
+        if closing:
+            end = await self.between_steps(partial(self._read_on, end, closing))
+
+        def commit() -> Context:
+            context = self.reader.wrap(end, base)
             self.store(user).commit(context, name)
-        except ContextError as error:
-            raise self.refusal(error, "save_context") from None
+            return context
+
+        context = await asyncio.to_thread(commit)
         return {"name": name, "id": context.id, "tokens": len(context.tokens)}
 
     async def grammar(self, body: Generation) -> Grammar | None:
@@ -400,27 +431,34 @@ class Service:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
+    def deadline(self) -> float:
+        """Of a request that comes now, by the running loop's clock."""
+        return asyncio.get_running_loop().time() + self.settings.timeout
+
+    def late(self) -> Refused:
+        """What is told of a request that is not done by its `deadline`."""
+        return Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+
     async def run(
         self,
         request: Request,
         stops: Sequence[str],
         n: int = 1,
-        closing: Sequence[int] = (),
         grammar: Grammar | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of n answers to one request, as they come; leaving early cancels them.
 
-        ``closing``: ids that a kept state has read behind the answer. ``grammar``: what each of them follows.
-        ``deadline``: by the loop's clock; None: the timeout from now.
+        ``grammar``: what each of them follows. ``deadline``: by the loop's clock; None: the timeout from now. Where a
+        stop text has ended an answer no state is kept, for that has read the stop text: `state_after` makes one.
 
         Raises:
-            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where the engine failed.
-            `llm_mlp.infer.Full`: the queue is full.
+            Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where a step failed.
+            `llm_mlp.infer.Full`: the queue is full. `llm_mlp.infer.Stopped`: the engine has failed, or is closing.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         started = loop.time()
-        deadline = deadline or started + self.settings.timeout
+        deadline = deadline or self.deadline()
         before: float | None = None  # joules
         if n > 1:
             load = self.engine.load
@@ -428,7 +466,7 @@ class Service:
                 raise Full(f"{load['waiting']} requests are waiting already, and this one asks for {n} answers")
             if len(request.prompt):
                 # Read once; the answers go on from copies of the state, as separate requests would from their own.
-                end = await self._read(replace(request, max_tokens=0, keep=True))
+                end = await self.read(replace(request, max_tokens=0, keep=True))
                 request, before = replace(request, prompt=[], start=end.final), end.joules
 
         mail = self._mail = self._mail if self._mail is not None and self._mail.loop is loop else _Mail(loop)
@@ -439,7 +477,6 @@ class Service:
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
         last = [started] * n
-        written = [""] * n
         try:
             for index in range(n):
                 own = request if request.seed is None or n == 1 else _reseeded(request, index)
@@ -458,12 +495,9 @@ class Service:
                     async with asyncio.timeout_at(deadline):
                         index, event = await queue.get()
                 except TimeoutError:
-                    raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout") from None
-                if grammar is not None and event.error.startswith("constraint: "):  # the engine's word for it
-                    raise Refused(400, f"the schema or expression cannot be followed: {event.error[12:]}")
-                if event.error:
-                    raise Refused(500, f"the engine failed: {event.error}")
-                made_again, index = index >= n, index % n
+                    raise self.late() from None
+                if event.error and not texts[index].stopped:  # an answer that a stop text has ended is whole
+                    raise self._failure(event.error)
                 now, text = loop.time(), texts[index]
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
@@ -476,22 +510,13 @@ class Service:
                     self.written.inc()
                     piece.text = text.feed(event.token)
                     piece.tokens = [(event.token, event.logprob, event.top)]
-                    written[index] += piece.text
                     if text.stopped:
                         tickets[index].cancel()
-                        if request.keep:
-                            # The state has read the stop text: it is made again from the answer without it.
-                            answer = self.reader.encode(written[index], begin=False)
-                            own = Request([*request.prompt, *answer], 0, start=request.start, keep=True)
-                            tickets.append(self.engine.submit(own, emitter(n + index)))
                 elif text.stopped:
                     # Within a step the engine has heard of it, and says what the answer took.
-                    ended = event.finish is not None and made_again == request.keep
-                    piece.finish, piece.final = "stop" if ended else None, event.final if made_again else None
+                    piece.finish, piece.final = "stop" if event.finish is not None else None, None
                 elif event.finish is not None:
                     piece.text = text.finish()
-                if piece.final is not None and closing:
-                    piece.final = await self.between_steps(partial(self._read_on, piece.final, closing))
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
@@ -499,145 +524,22 @@ class Service:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def reading(self, prompt: Prompt, user: str, name: str | None) -> AsyncGenerator[Piece, None]:
-        """Reads a prompt, which may be a book: every `STRIDE` tokens what is read is stored beside ``name`` (None: it
-        is not), where a prompt that begins with it finds it.
+    def _failure(self, error: str) -> Exception:
+        """What is told of a request that the engine has ended with an error."""
+        if self.engine.failed is not None:
+            return self.engine.stopped()
+        if error.startswith("constraint: "):  # the engine's word for it
+            return Refused(400, f"the schema or expression cannot be followed: {error[12:]}")
+        return Refused(500, f"the engine failed: {error}")
 
-        Raises:
-            Refused: 504 over time; what was stored is not lost. `llm_mlp.infer.Full`: the queue is full.
-        """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        stride = -(-STRIDE // self.settings.chunk) * self.settings.chunk
-        start, done, total = prompt.start, 0, len(prompt.ids)
-        while True:
-            end = total if name is None else min(total, done + stride - (prompt.cached + done) % stride)
-            request = Request(prompt.ids[done:end], 0, start=start, keep=True)
-            try:
-                async with contextlib.aclosing(self.run(request, [], deadline=deadline)) as pieces:
-                    async for piece in pieces:
-                        piece.read += done
-                        if piece.final is not None and end < total:
-                            start, piece.final, piece.finish = piece.final, None, None
-                            await asyncio.to_thread(self._keep_reading, user, reading_name(name or ""), start)
-                        yield piece
-            except Refused as error:
-                if error.status == 504 and done:
-                    error.message += f"; {prompt.cached + done:,} tokens are kept: ask again to go on from there"
-                raise
-            done = end
-            if done == total:
-                return
-
-    def _keep_reading(self, user: str, name: str, start: Start) -> None:
-        try:
-            self.store(user).commit(self.reader.wrap(start), name, expires=KEPT, replace=True, unfinished=True)
-        except ContextError as error:  # the reading itself goes on
-            log.warning("a reading that is cut off will begin anew: %s", error)
-
-    async def _read(self, request: Request) -> Piece:
+    async def read(self, request: Request, deadline: float | None = None) -> Piece:
         """With the state after a prompt of which nothing is written."""
-        return await self._last(self.run(request, []))
+        return await last_piece(self.run(request, [], deadline=deadline))
 
-    async def _last(self, pieces: AsyncGenerator[Piece, None]) -> Piece:
-        """The piece with the state after what is read."""
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                if piece.final is not None:
-                    return piece
-        raise Refused(500, "the reading ended without a state")
-
-    async def observed(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
-        """Reads a prompt behind its base, or from nothing, and keeps the map that the text is: what composing needs.
-
-        In pieces of a chunk between the engine's steps, one text at a time: the layers are watched meanwhile.
-
-        Raises:
-            Refused: 504 over time.
-        """
-        ids, base = prompt.ids, prompt.base
-        began, seen = prompt.cached, dict(base.transition or {}) if base is not None else None
-        state, logits = (None, None) if prompt.start is None else (prompt.start.state, prompt.start.logits)
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        done = 0
-        while done < len(ids):
-            end = min(len(ids), done + self.settings.chunk - (began + done) % self.settings.chunk)
-
-            def read(a: int = done, b: int = end, before: Any = state, map_: State | None = seen) -> Any:
-                with self.reader.observed(map_) as now:
-                    return *read_tokens(self.model, ids[a:b], before, position=began + a), now
-
-            if asyncio.get_running_loop().time() > deadline:
-                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
-            async with self._observing:
-                state, logits, seen = await self.between_steps(read)
-            done = end
-            piece = Piece(0, "", read=done)
-            if done == len(ids):
-                assert state is not None and logits is not None
-                before = [] if base is None else [base.tokens]
-                tokens = torch.cat([*before, torch.tensor(ids, dtype=torch.int32)])
-                piece.final, piece.transition, piece.finish = Start(tokens, state, logits), seen, "length"
-            yield piece
-
-    async def recall(self, context: Context) -> Recall:
-        """What a context's text still brings back, read once more with planted pairs as any prompt is; nothing of it
-        stays.
-
-        Raises:
-            ContextError: a text too short. Refused: one too long, or over time.
-        """
-        planted = await asyncio.to_thread(plant, self.reader, context)
-        end = await self._read_planted(planted.tokens, "context")
-        return await self.between_steps(partial(ask, self.reader, planted, end.state))
-
-    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
-        """The state after a text with planted pairs, which is read as any prompt is."""
-        if len(tokens) > (most := self.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
-        end = (await self._read(Request(tokens.tolist(), 0, keep=True))).final
-        assert end is not None
-        return end
-
-    async def compose(self, contexts: Sequence[Context]) -> Context:
-        """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
-        end = await self.in_pieces(composing(self.reader, contexts, [self.tokenizer.eos]))
-        return await asyncio.to_thread(self.reader.composed, end)
-
-    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
-        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
-        separator = torch.tensor([self.tokenizer.eos])
-        planted = await asyncio.to_thread(plant_each, self.reader, contexts, len(separator))
-        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
-        apart = []
-        for one in planted:
-            piece = await self._last(self.observed(Prompt(one.tokens.tolist())))
-            assert piece.final is not None
-            apart.append(await asyncio.to_thread(self.reader.wrap, piece.final, None, piece.transition))
-        states = (await self.compose(apart)).state, whole.state
-        return [
-            SourceRecall(*[await self.between_steps(partial(ask, self.reader, one, state)) for state in states])
-            for one in planted
-        ]
-
-    async def undo(self, user: str, name: str, steps: int) -> None:
-        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
-
-        Raises:
-            ContextError: no such mark. Refused: over time.
-        """
-        store = self.store(user)
-        plan = await asyncio.to_thread(store.plan_undo, name, self.reader, steps=steps)
-        made, before = plan.exact, plan.nearest
-        if made is None:
-            start, done = (None, 0) if before is None else (before.start, len(before.tokens))
-            ids = plan.now.tokens[done : plan.tokens].tolist()
-            if plan.composable:
-                piece = await self._last(self.observed(Prompt(ids, start, before, done)))
-            else:
-                piece = await self._read(Request(ids, 0, start=start, keep=True))
-            assert piece.final is not None
-            made = await asyncio.to_thread(self.reader.replayed, plan.now, piece.final, before, piece.transition)
-        await asyncio.to_thread(store.go_back, plan, made)
+    async def state_after(self, prompt: Prompt, answer: str, deadline: float) -> Piece:
+        """With the state after a prompt and a whole answer to it, which are read as any prompt is. Raises as `run`."""
+        ids = [*prompt.ids, *self.reader.encode(answer, begin=False)]
+        return await self.read(Request(ids, 0, start=prompt.start, keep=True), deadline)
 
     async def between_steps(self, function: Callable[[], Found]) -> Found:
         """What ``function`` gives, run where the model is free."""
@@ -649,7 +551,7 @@ class Service:
         Raises:
             Refused: 504 over time.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        deadline = self.deadline()
 
         def piece() -> tuple[Found] | None:
             try:
@@ -660,7 +562,7 @@ class Service:
 
         while (done := await self.between_steps(piece)) is None:
             if asyncio.get_running_loop().time() > deadline:
-                raise Refused(504, f"not done within {self.settings.timeout:g} s", code="timeout")
+                raise self.late()
         return done[0]
 
     def _read_on(self, start: Start, ids: Sequence[int]) -> Start:
@@ -681,6 +583,19 @@ class Service:
             total = total + x[0].double().sum(0).cpu()
             yield
         return torch.nn.functional.normalize(total, dim=0).float()
+
+
+async def last_piece(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    """The piece with the state after what is read.
+
+    Raises:
+        Refused: as reading ``pieces`` does.
+    """
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            if piece.final is not None:
+                return piece
+    raise Refused(500, "the reading ended without a state")
 
 
 def _reseeded(request: Request, index: int) -> Request:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from model_cases import random_model
 
-from llm_mlp.infer import Engine, Full, Request, Sampling, generate, read_tokens, sample, slots_within, state_bytes
+from llm_mlp.infer import (
+    Engine,
+    Full,
+    Request,
+    Sampling,
+    Stopped,
+    generate,
+    read_tokens,
+    sample,
+    slots_within,
+    state_bytes,
+)
 from llm_mlp.infer import engine as engine_module
 from llm_mlp.infer.engine import CALLS
 
@@ -281,6 +292,34 @@ def test_a_failing_listener_and_a_failing_prompt_harm_nobody_else(monkeypatch, c
     assert engine.load["free"] == 3
 
 
+def test_a_failed_engine_tells_everybody_at_once(monkeypatch):
+    """Whatever they are doing, also one that the failure has left in no queue; and it takes nothing more."""
+    engine, found = Engine(random_model("plain"), slots=3, chunk=8), [Listener() for _ in range(5)]
+    sizes = (1, 1, 200, 1, 1)
+    for size, listener in zip(sizes, found, strict=True):
+        engine.submit(Request([1] * size, 100, GREEDY), listener)
+    for _ in range(3):
+        engine.step()
+    assert engine.load == {"waiting": 2, "reading": 1, "running": 2, "free": 0}
+
+    def fail():
+        engine._running.pop()
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(engine, "_read_some", fail)
+    call = engine.call(lambda: engine.call(lambda: 1))  # the inner one is still to be run when the step fails
+    with pytest.raises(MemoryError, match="no more"):
+        engine.run()
+    assert isinstance(engine.failed, MemoryError) and not engine.busy and engine.load["free"] == 3
+    for listener in found:
+        assert listener.finish == "error" and "the engine has failed (MemoryError)" in listener.events[-1].error
+    with pytest.raises(Stopped, match="MemoryError"):
+        call.result(0).result(0)
+    for again in (lambda: engine.submit(Request([1], 1), Listener()), lambda: engine.call(lambda: 1)):
+        with pytest.raises(Stopped, match="has failed"):
+            again()
+
+
 def test_the_queue_is_bounded_and_closing_drains():
     engine, found = Engine(random_model("plain"), slots=1, queue=1), Listener()
     engine.submit(Request([1], 4, GREEDY), found)
@@ -293,7 +332,7 @@ def test_the_queue_is_bounded_and_closing_drains():
     engine.close()
     thread.join(30)
     assert not thread.is_alive() and found.finish == "length"
-    with pytest.raises(Full, match="closing"):
+    with pytest.raises(Stopped, match="closing"):
         engine.submit(Request([1], 4), Listener())
 
 

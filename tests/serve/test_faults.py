@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -15,7 +16,8 @@ import torch
 from serve_cases import TEXT, serving, small_model
 
 from llm_mlp.context import format as files
-from llm_mlp.serve import service as service_module
+from llm_mlp.infer import Full
+from llm_mlp.serve import reading as reading_module
 
 STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -38,7 +40,7 @@ def made(http, name, text, **more):
     return found.json()
 
 
-@pytest.mark.parametrize("how", ["create", "append", "answer", "upload"])
+@pytest.mark.parametrize("how", ["create", "append", "upload"])
 def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
     http, service, folder = served
     before = made(http, "book", "The mill stood by the river.")
@@ -56,9 +58,6 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
             found = {
                 "create": lambda: http.post("/v1/contexts", json={"name": "new", "text": "More."}),
                 "append": lambda: http.post("/v1/contexts/book/append", json={"text": " More."}),
-                "answer": lambda: http.post(
-                    "/v1/completions", json={"prompt": " It", "context": "book", "save_context": "book"}
-                ),
             }[how]()
     message = found.json()["error"]["message"]
     assert found.status_code == 507 and "No space left on device" in message
@@ -66,6 +65,79 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
     assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
     assert not list(folder.rglob("*.tmp"))
     assert http.post("/v1/contexts/book/append", json={"text": " More."}).status_code == 201
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("completions", {"prompt": " It"}), ("chat/completions", {"messages": [{"role": "user", "content": "It"}]})],
+)
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [("disk", None, "No space left"), ("queue", "queue_full", "busy"), ("error", None, "its log has it")],
+)
+def test_an_answer_that_cannot_be_saved_is_told_whole(
+    served, monkeypatch, caplog, path, asked, stream, how, code, says
+):
+    """With 200 and the reason beside it, whole or as a stream to its end."""
+    http, service, folder = served
+    before = made(http, "book", "The mill stood by the river.")
+    body = {**asked, "max_tokens": 12, "temperature": 0, "context": "book", "stream": stream}
+
+    def ask(**more):
+        answer = http.post(f"/v1/{path}", json=body | {"stream_options": {"include_usage": True}} | more)
+        assert answer.status_code == 200, answer.text
+        if not stream:
+            found = answer.json()
+            text = found["choices"][0].get("text") or found["choices"][0]["message"]["content"]
+            return text, found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"], found
+        *rows, done = (line.removeprefix("data: ") for line in answer.text.split("\n\n") if line)
+        *rows, used = map(json.loads, rows)
+        assert done == "[DONE]"
+        choices = [row["choices"][0] for row in rows]
+        text = "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+        return text, choices[-1]["finish_reason"], used["usage"]["completion_tokens"], rows[-1]
+
+    more = {"stop": ask()[0][3:6]} if how == "queue" else {}  # the state behind a stop text is read again
+    want = ask(**more)
+    submit = service.engine.submit
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def busy(request, emit):
+        if request.max_tokens == 0:
+            raise Full("others wait")
+        return submit(request, emit)
+
+    with monkeypatch.context() as patch:
+        if how == "disk":
+            patch.setattr(files, "save_file", full)
+        elif how == "queue":
+            patch.setattr(service.engine, "submit", busy)
+        else:
+            patch.setattr(service.reader, "wrap", lambda *_: 1 / 0)
+        found = ask(save_context="book", **more)
+    assert found[:3] == want[:3]
+    error = found[3]["context_error"]
+    assert says in error["message"] and error["code"] == code and str(folder) not in error["message"]
+    assert error["param"] == "save_context" and found[3]["context"] is None
+    assert [r for r in caplog.records if r.exc_info] == [] or how == "error"
+    assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
+    saved = ask(save_context="book", **more)
+    assert saved[:3] == want[:3] and saved[3]["context"]["name"] == "book" and saved[3]["context_error"] is None
+
+
+def test_a_name_that_cannot_be_saved_to_is_refused_before_anything_is_written(served):
+    http, service, _ = served
+    made(http, "book", "The mill stood by the river.")
+    made(http, "other", "No mill stood there.")
+    for name, status, more in (("other", 409, {"context": "book"}), ("book", 409, {}), ("../x", 400, {})):
+        ask = {"prompt": " It", "max_tokens": 4, "save_context": name, **more}
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**ask, "stream": stream})
+            assert answer.status_code == status and answer.json()["error"]["param"] == "save_context", answer.text
+    assert service.engine.counters.tokens == 0
 
 
 def test_no_room_is_told(model, tmp_path):
@@ -137,37 +209,127 @@ def test_fields_that_mean_nothing_are_named_in_the_log(served, caplog):
     assert row["ignored"] == ["contxt", "user"]
 
 
+# -- an engine that fails ------------------------------------------------------------------------------------------
+
+
+def test_a_failed_engine_is_told_at_once(model, tmp_path, monkeypatch, caplog):
+    """To who waits, who comes, and whoever asks after the server; what needs no engine goes on."""
+    with (
+        serving(tmp_path, model=model, slots=1) as (url, service),
+        httpx.Client(base_url=url, timeout=20) as http,  # far less than the server's own timeout
+        ThreadPoolExecutor(4) as pool,
+    ):
+        made(http, "book", "The mill stood by the river.")
+        bias = {str(service.tokenizer.eos): -100}
+        long = {"prompt": "The mill", "max_tokens": 4096, "logit_bias": bias}
+        with http.stream("POST", "/v1/completions", json={**long, "stream": True, "logprobs": 0}) as running:
+            lines = (line for line in running.iter_lines() if line)
+            next(lines)
+            waiting = [pool.submit(http.post, "/v1/completions", json=long) for _ in range(2)]
+            waiting.append(pool.submit(http.post, "/v1/contexts", json={"name": "new", "text": "No mill."}))
+            deadline = time.time() + 20
+            while service.engine.load["waiting"] < 3:
+                assert time.time() < deadline
+                time.sleep(0.01)
+
+            def fail():
+                raise RuntimeError("injected")
+
+            monkeypatch.setattr(service.engine, "_read_some", fail)
+            last = json.loads(list(lines)[-1].removeprefix("data: "))
+        answers = [one.result() for one in waiting]
+        embeddings = http.post("/v1/embeddings", json={"input": "The mill"})
+        answers += [http.post("/v1/completions", json=long), embeddings, http.get("/health"), http.get("/ready")]
+        for answer in answers:
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped"
+            assert "the engine has failed (RuntimeError)" in answer.json()["error"]["message"]
+        assert "the engine has failed" in last["error"]["message"]
+        assert http.get("/v1/contexts/book").status_code == http.get("/metrics").status_code == 200
+    [row] = [r for r in caplog.records if r.exc_info]  # one traceback, however many were told
+    assert row.levelname == "CRITICAL" and "injected" in str(row.exc_info[1]) and "restarts" in row.getMessage()
+
+
 # -- long readings -------------------------------------------------------------------------------------------------
 
 
-def test_a_reading_that_was_cut_off_goes_on(served, monkeypatch):
-    """By the same request: what was read is found, and the context is that of an uninterrupted one."""
-    http, service, _ = served
-    monkeypatch.setattr(service_module, "STRIDE", 100)  # rounded up to 128, four pieces
-    text = TEXT * 4
-    whole = made(http, "whole", text)
-    assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["whole"]
-    end = service.store("").get("whole")
-    assert http.delete("/v1/contexts/whole").status_code == 200
-    with http.stream("POST", "/v1/contexts", json={"name": "book", "text": text, "stream": True}) as answer:
+def ends_as(http, path, body, most):
+    """A streamed reading that its client leaves once ``most`` tokens are read."""
+    with http.stream("POST", path, json={**body, "stream": True}) as answer:
         rows = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
-        assert next(row for row in rows if row["read"] >= 160)["tokens"] == whole["tokens"]
-    deadline = time.time() + 20
-    while service.engine.busy:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    [left] = http.get("/v1/contexts").json()["data"]
-    assert left["name"] == "book.reading" and left["unfinished"] and left["expires"] and left["tokens"] % 128 == 0
-    again = made(http, "book", text)
-    assert again["cached_tokens"] == left["tokens"] >= 128 and again["tokens"] == whole["tokens"]
+        assert next(row for row in rows if row["read"] >= most)["tokens"] > most + 128
+
+
+@pytest.mark.parametrize("composable", [False, True])
+@pytest.mark.parametrize("append", [False, True])
+def test_a_reading_that_was_cut_off_goes_on(model, tmp_path, monkeypatch, append, composable):
+    """In another server, by the same request: what was read is found, and the context is that of an uninterrupted
+    one."""
+    monkeypatch.setattr(reading_module, "STRIDE", 100)  # rounded up to 128
+    first, text = "The mill stood by the river.", TEXT * 4
+    path, body = "/v1/contexts", {"text": text, "name": "book", "composable": composable}
+    if append:
+        path, body = "/v1/contexts/book/append", {"text": text}
+
+    def begin(http):
+        return made(http, "book", first, composable=composable) if append else {"tokens": 0}
+
+    with serving(tmp_path / "whole", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        begin(http)
+        whole = http.post(path, json=body).json()
+        assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
+        want = service.store("").get("book")
+    with serving(tmp_path / "cut", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        before = begin(http)
+        ends_as(http, path, body, 300)
+        deadline = time.time() + 20
+        while service.engine.busy:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        left = http.get("/v1/contexts").json()["data"][-1]
+        assert left["name"] == "book.reading" and left["unfinished"] and left["expires"]
+        assert left["tokens"] % 128 == 0 and left["tokens"] >= 256
+        assert not append or http.get("/v1/contexts/book").json()["id"] == before["id"]
+    with serving(tmp_path / "cut", model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+        again = http.post(path, json=body).json()
+        assert again["cached_tokens"] == left["tokens"] and again["tokens"] == whole["tokens"]
+        assert again["cache"].startswith(f"hit: {left['tokens']} of {whole['tokens']} tokens from ")
+        assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
+        now = service.store("").get("book")
+        assert again["versions"] == (2 if append else 1)
+        if append:
+            assert http.post("/v1/contexts/book/undo", json={}).json()["id"] == before["id"]
+    assert torch.equal(now.logits, want.logits) and torch.equal(now.tokens, want.tokens)
+    assert now.manifest.marks == want.manifest.marks and (now.transition is not None) == composable
+    tensors = now.tensors()
+    assert all(torch.equal(tensors[name], t) for name, t in want.tensors().items())
+
+
+def test_what_is_left_of_another_reading_is_not_gone_on_from(served, monkeypatch):
+    """Of another text, or behind another version; and a context of one's own that has its name stays as it is."""
+    http, service, _ = served
+    monkeypatch.setattr(reading_module, "STRIDE", 64)
+    path, text = "/v1/contexts/book/append", TEXT * 4
+    made(http, "book", "The mill.")
+    ends_as(http, path, {"text": text}, 200)
+    assert service.store("").entry("book.reading").unfinished
+    other = http.post(path, json={"text": "No mill. " * 80}).json()
+    assert other["cache"].startswith("hit: context 'book'")
     assert [row["name"] for row in http.get("/v1/contexts").json()["data"]] == ["book"]
-    now = service.store("").get("book")
-    assert torch.equal(now.tokens, end.tokens) and torch.equal(now.logits, end.logits)
-    assert all(torch.equal(now.state[name], t) for name, t in end.state.items())
+    http.post("/v1/contexts/book/undo", json={})
+    ends_as(http, path, {"text": text}, 200)
+    kept = service.store("").get("book.reading", service.reader)
+    assert http.post(path, json={"text": text[:50]}).status_code == 201
+    http.post("/v1/contexts/book/fork", json={"to": "copy"})
+    store = service.store("")
+    store.keep_reading(kept, "copy")  # of the same text, behind the version before
+    again = http.post("/v1/contexts/copy/append", json={"text": text[50:]}).json()
+    assert again["cache"].startswith("hit: context 'copy'")
+    own = made(http, "new.reading", "Mine.")
+    assert made(http, "new", text)["tokens"] and http.get("/v1/contexts/new.reading").json()["id"] == own["id"]
 
 
 def test_a_reading_over_time_says_how_to_go_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(service_module, "STRIDE", 64)
+    monkeypatch.setattr(reading_module, "STRIDE", 64)
     text = TEXT * 100
     with serving(tmp_path, model=model, timeout=1.0) as (url, _), httpx.Client(base_url=url, timeout=120) as http:
         cached = []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from serve_cases import small_model
+import torch
+from serve_cases import TEXT, small_model
 
 from llm_mlp.checkpoint import save_model
 from llm_mlp.cli.serving import KEYS, read_keys
@@ -64,25 +68,62 @@ def test_serve_answers_and_ends_on_a_signal(folder, tmp_path):
         process.kill()
 
 
-def test_a_killed_server_loses_no_context(folder, tmp_path, model):
-    """Contexts whose creation was answered are whole after kill -9."""
-    args = ("serve", "--model", folder, "--port", 0, "--store", tmp_path)
+@contextlib.contextmanager
+def killed(folder, store):
+    """(URL, the process) of a server that is killed at the end, if not before."""
+    args = ("serve", "--model", folder, "--port", 0, "--store", store)
     process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
-    made = []
     try:
         line = ""
         while not line.startswith("listening on "):
             line = process.stderr.readline()
             assert line
-        url, until = line.split()[-1], time.time() + 1.5
+        yield line.split()[-1], process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+
+
+def test_a_killed_server_loses_no_context(folder, tmp_path, model):
+    """Contexts whose creation was answered are whole after kill -9."""
+    made = []
+    with killed(folder, tmp_path) as (url, _):
+        until = time.time() + 1.5
         while time.time() < until:
             found = httpx.post(url + "/v1/contexts", json={"name": f"c{len(made)}", "text": f"The river {len(made)}"})
             made.append(found.json()["id"])
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(30)
     store, reader = Store(tmp_path), Reader(*model)
     assert made and [store.get(f"c{i}", reader).id for i in range(len(made))] == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("composable", [False, True])
+def test_a_killed_servers_reading_goes_on(folder, tmp_path, composable):
+    """An append that kill -9 has cut off, asked for again, gives to the bit what one left alone gives."""
+    long, kept = {"text": TEXT * 250}, {}
+    for name in ("whole", "cut"):
+        store = tmp_path / name
+        with killed(folder, store) as (url, process), ThreadPoolExecutor(1) as pool:
+            paths = url + "/v1/contexts", url + "/v1/contexts/book/append"
+            first = {"name": "book", "text": "The mill.", "composable": composable}
+            assert httpx.post(paths[0], json=first, timeout=60).status_code == 201
+            asked = pool.submit(httpx.post, paths[1], json=long, timeout=300)
+            if name == "cut":
+                while not (store / "names" / "book.reading.json").exists():
+                    assert not asked.done()
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGKILL)
+                with pytest.raises(httpx.TransportError):
+                    asked.result()
+            else:
+                assert asked.result().json()["cached_tokens"] < 10
+        if name == "cut":
+            with killed(folder, store) as (url, _):
+                again = httpx.post(url + "/v1/contexts/book/append", json=long, timeout=300).json()
+                assert again["cached_tokens"] >= 65_536 and "an interrupted reading" in again["cache"]
+        kept[name] = Store(store).get("book").tensors()
+    assert kept["whole"].keys() == kept["cut"].keys()
+    assert all(torch.equal(kept["cut"][part], t) for part, t in kept["whole"].items())
 
 
 @pytest.mark.parametrize(
@@ -111,15 +152,49 @@ def test_keys(tmp_path, monkeypatch):
         read_keys(tmp_path / "none")
 
 
-def test_chat_talks_takes_back_and_saves(folder, tmp_path):
-    said = "The mill\n/undo\n/undo\nThe wheel\n/save talk\n/what\n/save ../x\n/quit\n"
-    args = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 8, "--store", tmp_path)
-    done = subprocess.run(command(*args), input=said, capture_output=True, text=True, timeout=120)
+def chats(folder, store, said, *more):
+    """What `llm-mlp chat` writes on stdout, and its notes."""
+    args = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 8, "--store", store, *more)
+    done = subprocess.run(command(*args), input="\n".join(said), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "INFO" not in line]
-    assert lines[:2] == ["taken back", "nothing to take back"] and lines[2].startswith("saved talk: ")
-    assert lines[3].startswith("/what: unknown") and "is no name for a context" in lines[4]
+    return done.stdout, [line for line in done.stderr.splitlines() if "INFO" not in line]
+
+
+def test_chat_talks_takes_back_and_saves(folder, tmp_path):
+    said = ["The mill", "/undo", "/undo", "The wheel", "/save talk", "/what", "/save ../x", "/undo 2", "/load"]
+    _, lines = chats(folder, tmp_path, [*said, "/load no", "/help", "/quit", "No"])
+    first, second = lines[0], lines[3]
+    assert re.fullmatch(
+        r"8 tokens, [\d.]+ tokens/s \| \d+ tokens held in [\d.]+ MB \| cached 0 \(miss: nothing was said yet\)", first
+    )
+    assert lines[1:3] == ["taken back", "nothing to take back"] and "cached 0 (" in second
+    assert lines[4].startswith("saved talk: ") and lines[5] == "/what: unknown; /help lists what there is"
+    assert "is no name for a context" in lines[6] and lines[7].startswith("/undo takes nothing: ")
+    assert lines[8].startswith("/load takes NAME: ") and "'no' does not exist" in lines[9]
+    words = [line.split()[0] for line in lines[10:]]
+    assert words == ["/save", "/load", "/fork", "/undo", "/contexts", "/help", "/quit"]
     assert Store(tmp_path).get("talk").manifest.tokens > 8
+
+
+def test_chat_goes_on_from_contexts(folder, tmp_path):
+    """Loaded, saved again as the next version, forked under a name that has to be new, and listed."""
+    said = ["/save", "/save a", "/fork a", "The mill", "on", "/save a", "and on", "/save", "/save copy", "/contexts"]
+    _, lines = chats(folder, tmp_path, said)
+    assert lines[:3] == ["under which name? /save NAME", *["nothing was said yet"] * 2]
+    store = Store(tmp_path)
+    a, size = store.entry("a"), store.get("a").manifest.tokens
+    assert len(a.history) == 2 and store.entry("copy").id == a.id
+    assert "from the conversation)" in lines[4] and lines[-3].startswith("a ") and lines[-1].endswith(" MB")
+    said = ["/fork a", "/fork b", "The wheel", "/save", "/load a", "The wheel", "/undo", "/undo"]
+    again, lines = chats(folder, tmp_path, said, "--context", "a")
+    assert lines[0] == f"context a: {size:,} tokens, none read again" and "'a' exists" in lines[1]
+    assert lines[2] == f"forked to b: {size:,} tokens" and f"cached {size:,} (hit: {size} of " in lines[3]
+    assert f" tokens from {a.id})" in lines[3] and lines[4].startswith("saved b: ") and lines[5] == lines[0]
+    assert lines[-2:] == ["taken back", "nothing to take back"]
+    answers = again.splitlines()
+    assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]  # the same words behind the same context
+    now, b = store.entry("a"), store.get("b")
+    assert now == a and b.manifest.parent == a.id and len(store.entry("b").history) == 2
 
 
 def test_talk_goes_on_from_its_state(model):

@@ -1,0 +1,244 @@
+"""Texts that are read into contexts, and what contexts are asked: beside the engine's other requests, or between its
+steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+
+from llm_mlp.context import Context, ContextError, Recall, SourceRecall, ask, composing, plant, plant_each
+from llm_mlp.infer import Request, Start, read_tokens
+from llm_mlp.models.mixer import State
+from llm_mlp.serve.service import Piece, Prompt, Refused, Service, last_piece
+
+log = logging.getLogger("llm_mlp.serve")
+
+# Tokens after which a long reading is stored, so that who asks again for what was cut off does not begin anew, and how
+# long that is kept.
+STRIDE, KEPT = 65_536, timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text on its way into a context.
+
+    Args:
+        prompt: what is still to be read, and what that stands behind. parent: the context that it continues; None for a
+            new one, also where some of its text was found. composable: the map that the text is is kept.
+    """
+
+    user: str
+    name: str
+    prompt: Prompt
+    parent: Context | None = None
+    composable: bool = False
+
+
+class Readings:
+    """What a service reads for contexts."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._observing = asyncio.Lock()
+
+    # -- into contexts ---------------------------------------------------------------------------------------------
+
+    def create(self, user: str, name: str, text: str, *, composable: bool) -> Reading:
+        """Of a text into a new context, behind whatever of it is stored.
+
+        Raises:
+            Refused: as `Service.prompt`.
+        """
+        if not composable:  # an interrupted reading of it is found as any beginning is
+            return Reading(user, name, self.service.prompt(text, user, None))
+        prompt = Prompt(self.service.prompt_ids(text), reason="miss: of a composable text all is read")
+        return self._resumed(Reading(user, name, prompt, composable=True))
+
+    def append(self, user: str, name: str, text: str) -> Reading:
+        """Of a text behind context ``name``, which stays composable where it is.
+
+        Raises:
+            Refused: as `Service.prompt`.
+        """
+        prompt = self.service.prompt(text, user, name)
+        composable = prompt.base is not None and prompt.base.transition is not None
+        return self._resumed(Reading(user, name, prompt, prompt.base, composable))
+
+    def _resumed(self, reading: Reading) -> Reading:
+        """The same behind what an interrupted reading has left of it, if there is that."""
+        reader, prompt = self.service.reader, reading.prompt
+        before = [] if prompt.base is None else [prompt.base.tokens]
+        tokens = torch.cat([*before, torch.tensor(prompt.ids, dtype=torch.int32)])
+        try:
+            begun = self.service.store(reading.user).begun(reading.name, reader)
+            if begun is None:
+                return reading
+            reader.check_begun(begun, tokens, reading.parent, reading.composable)
+        except ContextError as error:
+            log.info("a reading that was cut off begins anew: %s", error)
+            return reading
+        n = len(begun.tokens)
+        reason = f"hit: {n} of {len(tokens)} tokens from an interrupted reading"
+        return replace(reading, prompt=Prompt(tokens[n:].tolist(), begun.start, begun, n, reason))
+
+    async def pieces(self, reading: Reading) -> AsyncGenerator[Piece, None]:
+        """Reads to the text's end, which may be a book's: every `STRIDE` tokens what is read is stored beside the name,
+        where the same request finds it after whatever has ended this one.
+
+        Raises:
+            Refused: 504 over time; what was stored is not lost. `llm_mlp.infer.Full`: the queue is full.
+            `llm_mlp.infer.Stopped`: the engine has failed, or is closing.
+        """
+        service, prompt, deadline = self.service, reading.prompt, self.service.deadline()
+        stride = -(-STRIDE // service.settings.chunk) * service.settings.chunk
+        start, done, total = prompt.start, 0, len(prompt.ids)
+        seen = prompt.base.transition if reading.composable and prompt.base is not None else None
+        while True:
+            end = min(total, done + stride - (prompt.cached + done) % stride)
+            ids = prompt.ids[done:end]
+            if reading.composable:
+                part = self._observed(ids, start, seen, deadline)
+            else:
+                part = service.run(Request(ids, 0, start=start, keep=True), [], deadline=deadline)
+            try:
+                async with contextlib.aclosing(part):
+                    async for piece in part:
+                        piece.read += done
+                        if piece.final is not None and end < total:
+                            await asyncio.to_thread(self._keep, reading, piece)
+                            start, seen = piece.final, piece.transition
+                            piece.final, piece.finish = None, None
+                        yield piece
+            except Refused as error:
+                if error.status == 504 and done:
+                    error.message += f"; {prompt.cached + done:,} tokens are kept: ask again to go on from there"
+                raise
+            done = end
+            if done == total:
+                return
+
+    def _context(self, reading: Reading, piece: Piece) -> Context:
+        assert piece.final is not None
+        return self.service.reader.wrap(piece.final, reading.parent, piece.transition)
+
+    def _keep(self, reading: Reading, piece: Piece) -> None:
+        try:
+            store = self.service.store(reading.user)
+            store.keep_reading(self._context(reading, piece), reading.name, expires=KEPT)
+        except ContextError as error:  # the reading itself goes on
+            log.warning("a reading that is cut off will begin anew: %s", error)
+
+    def commit(self, reading: Reading, piece: Piece, expires: timedelta | None) -> None:
+        """Store what the last piece has come to.
+
+        Raises:
+            ContextError: the name is taken by now, or there is no room.
+        """
+        store = self.service.store(reading.user)
+        store.commit(self._context(reading, piece), reading.name, expires=expires)
+        store.forget_reading(reading.name)
+
+    async def _observed(
+        self,
+        ids: list[int],
+        start: Start | None = None,
+        seen: State | None = None,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Reads ids behind a start, or from nothing, and keeps the map that the text is: what composing needs.
+        ``seen``: that of the text before them.
+
+        In pieces of a chunk between the engine's steps, one text at a time: the layers are watched meanwhile.
+
+        Raises:
+            Refused: 504 over time.
+        """
+        service, deadline = self.service, deadline or self.service.deadline()
+        chunk, done = service.settings.chunk, 0
+        state, began = (None, torch.tensor([], dtype=torch.int32)) if start is None else (start.state, start.tokens)
+        while done < len(ids):
+            at = len(began) + done
+            part = ids[done : done + chunk - at % chunk]
+
+            def read(part: list[int] = part, at: int = at, before: Any = state, map_: State | None = seen) -> Any:
+                with service.reader.observed(map_) as now:
+                    return *read_tokens(service.model, part, before, position=at), now
+
+            if asyncio.get_running_loop().time() > deadline:
+                raise service.late()
+            async with self._observing:
+                state, logits, seen = await service.between_steps(read)
+            done += len(part)
+            piece = Piece(0, "", read=done)
+            if done == len(ids):
+                tokens = torch.cat([torch.as_tensor(began), torch.tensor(ids, dtype=torch.int32)])
+                piece.final, piece.transition, piece.finish = Start(tokens, state, logits), seen, "length"
+            yield piece
+
+    # -- of contexts -----------------------------------------------------------------------------------------------
+
+    async def recall(self, context: Context) -> Recall:
+        """What a context's text still brings back, read once more with planted pairs as any prompt is; nothing of it
+        stays.
+
+        Raises:
+            ContextError: a text too short. Refused: one too long, or over time.
+        """
+        planted = await asyncio.to_thread(plant, self.service.reader, context)
+        end = await self._read_planted(planted.tokens, "context")
+        return await self.service.between_steps(partial(ask, self.service.reader, planted, end.state))
+
+    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
+        """The state after a text with planted pairs, which is read as any prompt is."""
+        if len(tokens) > (most := self.service.settings.max_prompt):
+            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
+        end = (await self.service.read(Request(tokens.tolist(), 0, keep=True))).final
+        assert end is not None
+        return end
+
+    async def compose(self, contexts: Sequence[Context]) -> Context:
+        """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
+        end = await self.service.in_pieces(composing(self.service.reader, contexts, [self.service.tokenizer.eos]))
+        return await asyncio.to_thread(self.service.reader.composed, end)
+
+    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
+        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
+        separator = torch.tensor([self.service.tokenizer.eos])
+        planted = await asyncio.to_thread(plant_each, self.service.reader, contexts, len(separator))
+        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
+        apart = []
+        for one in planted:
+            piece = await last_piece(self._observed(one.tokens.tolist()))
+            assert piece.final is not None
+            apart.append(await asyncio.to_thread(self.service.reader.wrap, piece.final, None, piece.transition))
+        states = (await self.compose(apart)).state, whole.state
+        between, reader = self.service.between_steps, self.service.reader
+        return [SourceRecall(*[await between(partial(ask, reader, one, state)) for state in states]) for one in planted]
+
+    async def undo(self, user: str, name: str, steps: int) -> None:
+        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
+
+        Raises:
+            ContextError: no such mark. Refused: over time.
+        """
+        store, reader = self.service.store(user), self.service.reader
+        plan = await asyncio.to_thread(store.plan_undo, name, reader, steps=steps)
+        made, before = plan.exact, plan.nearest
+        if made is None:
+            start, done = (None, 0) if before is None else (before.start, len(before.tokens))
+            ids = plan.now.tokens[done : plan.tokens].tolist()
+            if plan.composable:
+                piece = await last_piece(self._observed(ids, start, None if before is None else before.transition))
+            else:
+                piece = await self.service.read(Request(ids, 0, start=start, keep=True))
+            assert piece.final is not None
+            made = await asyncio.to_thread(reader.replayed, plan.now, piece.final, before, piece.transition)
+        await asyncio.to_thread(store.go_back, plan, made)
