@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -417,6 +418,7 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch):
 
 
 def test_doctor(call, trained, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the verb sets it
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
@@ -425,6 +427,15 @@ def test_doctor(call, trained, monkeypatch):
     monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out
+
+
+def test_the_doctors_threads_do_not_spin(call, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert call("doctor", "--weights", "int3")[0] == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"  # the user's choice
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert call("doctor", "--weights", "int3")[0] == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # before torch is loaded, where a process begins with the verb
 
 
 def test_composing_and_recall(call, trained, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -238,6 +239,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that every way of reading a text agrees on this machine, and show which backends run and why."""
+    # Some hundred thousand small operations, behind each of which torch's threads wait for one another: by default
+    # spinning, which takes the core from the one that is waited for where other programs run (minutes for seconds). It
+    # changes no number; it is read when torch is loaded, so it stands before every import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ModelConfig, build
     from llm_mlp.device import pick_device
