@@ -17,6 +17,7 @@ from train_cases import tiny, write_documents
 
 from llm_mlp.cli import main
 from llm_mlp.config import dump
+from llm_mlp.doctor import Read
 
 
 @pytest.fixture
@@ -423,8 +424,9 @@ def test_doctor(call, trained, monkeypatch):
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
     assert status == 0 and json.loads(out)["passed"]
+    assert {"slots", "differing_slots", "slot_rate", "token_rate", "choices"} <= json.loads(out)["checks"][0].keys()
     assert call("doctor", "--weights", "int3")[0] == 1
-    monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
+    monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: Read(model(ids).logits * 1.5, model.init_state(1)))
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out
 

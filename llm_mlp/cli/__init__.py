@@ -246,7 +246,7 @@ def doctor(
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ModelConfig, build
     from llm_mlp.device import pick_device
-    from llm_mlp.doctor import environment, examine, report
+    from llm_mlp.doctor import environment, examine, report, table
     from llm_mlp.models import build_model
     from llm_mlp.weights import hold
 
@@ -264,10 +264,7 @@ def doctor(
             typer.echo(f"{name:20} {value}")
         for row in chosen:
             typer.echo(f"{row['op']:20} {row['backend']}: {row['why']}")
-        typer.echo(f"{'reading':26}{'error':>11}{'bound':>11}{'other tokens':>14}")
-        for c in checks:
-            verdict = "ok" if c.passed else "FAILED"
-            typer.echo(f"{c.name:26}{c.error:>11.3g}{c.bound:>11.3g}{c.differing:>14}  {verdict}  {c.note}".rstrip())
+        typer.echo("\n".join(table(checks)))
     if not found["passed"]:
         raise SystemExit(1)
 
