@@ -456,6 +456,12 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
     assert [row["source"] for row in rows] == ["b", "a"]
     assert all(row[how]["pairs"] == 64 for row in rows for how in ("composed", "concatenated"))
     assert call("context", "create", "brief", *model, "--text", "No.", "--composable")[0] == 0
+    status, out, _ = call("context", "show", "a", *model, "--surprise")
+    assert (
+        status == 0 and "surprise over the text, in 32 parts" in out and "layer  0  " in out and "read again in" in out
+    )
+    ran = json.loads(call("context", "show", "a", *model, "--surprise", "--json")[1])["surprise"]
+    assert len(ran["mean"]) == len(ran["ends"]) == 32 and {len(row["mean"]) for row in ran["layers"]} == {32}
     status, out, _ = call("context", "show", "a", *model, "--recall")
     assert status == 0 and "of 64 planted pairs" in out
     assert json.loads(call("context", "show", "a", *model, "--recall", "--json")[1])["recall"]["pairs"] == 64
@@ -465,6 +471,8 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
         (("compose", "x", "a", "brief", *model, "--recall"), "too short for 64 pairs"),
         (("show", "x"), "does not exist"),  # nothing was stored
         (("show", "a", "--recall"), "--recall asks the model"),
+        (("show", "a", "--surprise"), "--surprise asks the model"),
+        (("show", "both", *model, "--surprise"), "is composed"),
         (("show", "both", *model, "--recall"), "is composed"),
     ):
         status, _, err = call("context", *args)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +61,41 @@ def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool
     return Reader(*load_model(model, device=pick_device(device), weights=weights, state=kept), transitions=transitions)
 
 
+@contextlib.contextmanager
+def _reading(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows in a terminal how far a reading is and how long it will take; to be told the tokens read so far."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("reading tokens", total=total, completed=done)
+        yield lambda read: bar.update(task, completed=read)
+
+
+def _curves(ran: Any) -> list[str]:
+    """A `Surprise` as lines: a mark a part, between the least and the most of its line."""
+    parts, size = len(ran.ends), ran.ends[0]
+    lines = [
+        f"surprise over the text, in {parts} parts of some {size:,} tokens (0.5: nothing known, less: predicted); read "
+        f"again in {ran.seconds:.1f} s"
+    ]
+    for name, row in (("all", ran.overall), *((f"layer {n:>2}", row) for n, row in ran.layers.items())):
+        mean = sum(row) / parts
+        lines.append(f"{name:8}  {_sparkline(row)}  {min(row):.3f} to {max(row):.3f}, mean {mean:.3f}")
+    return lines
+
+
+def _sparkline(row: Sequence[float]) -> str:
+    """A mark a number, from its least to its most; digits where the terminal has no bars."""
+    marks = "▁▂▃▄▅▆▇█"
+    try:
+        marks.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        marks = "12345678"
+    low, span = min(row), max(row) - min(row) or 1.0
+    return "".join(marks[round((x - low) / span * (len(marks) - 1))] for x in row)
+
+
 def _brought_back(found: Any) -> str:
     """A `Recall` in words."""
     low, high = found.interval
@@ -88,7 +125,6 @@ def context_create(
 ) -> None:
     """Read a text into a context. An interrupted reading goes on where it was when the command is given again."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from llm_mlp.context import ContextError, Store
     from llm_mlp.context.store import reading_name
@@ -100,13 +136,11 @@ def context_create(
     reader = _reader(model, device, weights, kept, composable)
     tokens = torch.tensor(reader.encode(_text(text, file), begin=True))
     begun = own.get(working, reader) if own.look(working) is not None else None
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("reading tokens", total=len(tokens), completed=len(begun.tokens) if begun else 0)
+    with _reading(len(tokens), len(begun.tokens) if begun else 0) as progress:
         for context in reader.pieces(begun, tokens, every):
             if len(context.tokens) < len(tokens):
                 own.commit(context, working, replace=True, unfinished=True)
-            bar.update(task, completed=len(context.tokens))
+            progress(len(context.tokens))
     own.commit(context, name, replace=replace, expires=_until(expires_hours))
     own.forget_reading(name)
     _say(context, name)
@@ -165,18 +199,22 @@ def context_show(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Adds half-lives and the text's end.")] = None,
     store: StoreDir = None,
     recall: Annotated[bool, typer.Option("--recall", help="Measure what still comes back (reads it again).")] = False,
+    surprise: Annotated[
+        bool, typer.Option("--surprise", help="Tell what of the text surprised (reads it again, once).")
+    ] = False,
     as_json: AsJson = False,
     weights: Weights = "fp32",
     kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
-    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls."""
+    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls, and what
+    surprised it."""
     from llm_mlp.config import ConfigError
-    from llm_mlp.context import Store, describe, measure_recall
+    from llm_mlp.context import Store, describe, measure_recall, measure_surprise
 
-    if recall and model is None:
-        raise ConfigError("--recall asks the model: give it by --model")
-
+    for asked, option in ((recall, "--recall"), (surprise, "--surprise")):
+        if asked and model is None:
+            raise ConfigError(f"{option} asks the model: give it by --model")
     own = Store(store)
     own.entry(name)
     reader = _reader(model, device, weights, kept) if model else None
@@ -185,6 +223,11 @@ def context_show(
     back = measure_recall(reader, context) if recall and reader is not None else None
     if back is not None:
         found["recall"] = back.report()
+    ran = None
+    if surprise and reader is not None:
+        with _reading(len(context.tokens)) as progress:
+            ran = measure_surprise(reader, context, progress=progress)
+        found["surprise"] = ran.report()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -208,6 +251,8 @@ def context_show(
         if "half_lives" in row:
             line += f"  half-lives {min(row['half_lives']):.0f} to {max(row['half_lives']):,.0f} tokens"
         typer.echo(line)
+    if ran is not None:
+        typer.echo("\n".join(_curves(ran)))
 
 
 @context_app.command("fork")

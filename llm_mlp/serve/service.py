@@ -30,9 +30,11 @@ from llm_mlp.context import (
     SourceRecall,
     StorageError,
     Store,
+    Surprise,
     ask,
     composing,
     default_folder,
+    measuring,
     plant,
     plant_each,
 )
@@ -592,11 +594,24 @@ class Service:
 
     async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
         """The state after a text with planted pairs, which is read as any prompt is."""
-        if len(tokens) > (most := self.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
+        self._readable(len(tokens), field, "with what is planted")
         end = (await self._read(Request(tokens.tolist(), 0, keep=True))).final
         assert end is not None
         return end
+
+    async def surprise(self, context: Context) -> Surprise:
+        """As `llm_mlp.context.measure_surprise`, in pieces of a chunk.
+
+        Raises:
+            ContextError: a composed context. Refused: a text too long, or over time.
+        """
+        self._readable(len(context.tokens), "context", "the text is")
+        return await self.in_pieces(measuring(self.reader, context, piece=self.settings.chunk))
+
+    def _readable(self, tokens: int, field: str, what: str) -> None:
+        """Refuse to read more on the side than a prompt may have."""
+        if tokens > (most := self.settings.max_prompt):
+            raise Refused(400, f"{what} {tokens:,} tokens; {most:,} are read", field)
 
     async def compose(self, contexts: Sequence[Context]) -> Context:
         """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""
@@ -643,7 +658,7 @@ class Service:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
 
-    async def in_pieces(self, work: Generator[None, None, Found]) -> Found:
+    async def in_pieces(self, work: Generator[object, None, Found]) -> Found:
         """What a generator returns, each of its pieces run between two of the engine's steps.
 
         Raises:
