@@ -24,7 +24,10 @@ def test_it_is_that_of_the_heads(reader):
     context, read = reader.create(TEXT), []
     found = measure_surprise(reader, context, parts=7, progress=read.append)
     seen = {}
-    with watching(reader.model, lambda n, k, w, decay, beta, residual: seen.update({n: surprise(w, residual)[0]})):
+    with (
+        torch.no_grad(),
+        watching(reader.model, lambda n, k, w, decay, beta, residual: seen.update({n: surprise(w, residual)[0]})),
+    ):
         reader.model(torch.tensor([TEXT]))
     assert found.layers.keys() == seen.keys() and read == [90]
     begin, sizes = 0, []
