@@ -7,7 +7,8 @@ inputs, in a process of its own, because a miscompiled one may take the device's
 root mean square and largest error are at most twice those of `chunked` in the same dtype with the same rounding of
 operands, or 2 eps of its dtype times the root mean square of the truth, which is the reference in float64. Those that
 pass are timed alone, at 131,072 tokens, by torch's profiler.
-JSON lines; a configuration that fails says which tensor and by how much.
+JSON lines; a configuration that fails says which tensor and by how much; of `memorise` they count the rows that the
+truth chooses for its slots, and those of them that the kernels do not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from triton.errors import TritonError
 from llm_mlp.bench.ops import Shape, memorise_inputs, perceive_inputs, wide_inputs
 from llm_mlp.bench.record import record
 from llm_mlp.ops import linear_cross_entropy, memorise, perceive, perceive_wide
-from llm_mlp.ops.checks import both_ways, compare
+from llm_mlp.ops.checks import both_ways, choices, compare
 from llm_mlp.ops.cross_entropy import kernels as cross_entropy_kernels
 from llm_mlp.ops.heads import head_inputs, head_outputs
 from llm_mlp.ops.heads import kernels as head_kernels
@@ -137,8 +138,9 @@ def make_inputs(op: str, s: Shape) -> list[Tensor]:
     return [*before, normal(2, R, dtype=wide), *after]
 
 
-def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
-    """What is wrong at this shape, and each tensor's root mean square error over the yardstick's."""
+def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float], tuple[int, int]]:
+    """What is wrong at this shape, each tensor's root mean square error over the yardstick's, and of the memorised rows
+    that the truth chooses how many there are and how many the kernels do not choose."""
     torch.manual_seed(1)
     inputs = make_inputs(op, s)
     truth = both_ways(runner(op, "reference", s), [x.double() if x.is_floating_point() else x for x in inputs])
@@ -153,7 +155,10 @@ def failures(op: str, s: Shape) -> tuple[list[str], dict[str, float]]:
         name: [float((x.double() - t).square().mean().sqrt()) for x in (g, y)]
         for name, g, y, t in zip(names, got, yard, truth, strict=True)
     }
-    return found, {name: round(mine / other, 3) for name, (mine, other) in errors.items() if other}
+    counts = (0, 0)
+    if "keys" in names:
+        counts = choices(*(x[names.index("keys")][:, :, : s.slots] for x in (got, truth)))
+    return found, {name: round(mine / other, 3) for name, (mine, other) in errors.items() if other}, counts
 
 
 def check(op: str, m: int, V: int) -> dict[str, Any]:
@@ -162,14 +167,16 @@ def check(op: str, m: int, V: int) -> dict[str, Any]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     found: list[str] = []
     ratios: dict[str, float] = {}
+    slots = differing = 0
     try:
         for activation in ("relu2", "softmax") if op == "memorise" else ("relu2",):
             size = {"features": FEATURES.get(op, 128), "read_width": 128, "heads": m, "value_width": V}
-            more, ratios = failures(op, Shape(**SMALL, **size, activation=activation))
+            more, ratios, counts = failures(op, Shape(**SMALL, **size, activation=activation))
             found += [f"{activation} {text}" if op == "memorise" else text for text in more]
+            slots, differing = slots + counts[0], differing + counts[1]
     except (RuntimeError, TritonError) as error:  # too much shared memory, a compiler's failure, a lost device
         found.append((str(error).splitlines() or [type(error).__name__])[0][:200])
-    return {"failures": found, "error_ratios": ratios}
+    return {"failures": found, "error_ratios": ratios, "slots": slots, "differing_slots": differing}
 
 
 def check_apart(op: str, kernel: str, launch: dict[str, int], m: int, V: int) -> dict[str, Any]:
@@ -178,7 +185,8 @@ def check_apart(op: str, kernel: str, launch: dict[str, int], m: int, V: int) ->
     done = subprocess.run([sys.executable, __file__, "--one", spec], capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        return {"failures": [f"exit {done.returncode}: {done.stderr.strip()[-300:]}"], "error_ratios": {}}
+        failed = f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
+        return {"failures": [failed], "error_ratios": {}, "slots": 0, "differing_slots": 0}
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 
@@ -242,7 +250,8 @@ def main() -> None:
     ]
     if args.checked:
         rows = [json.loads(line) for line in Path(args.checked).read_text(encoding="utf8").splitlines()]
-        found = {(r["kernel"], str(r["launch"])): {x: r[x] for x in ("failures", "error_ratios")} for r in rows}
+        kept = ("failures", "error_ratios", "slots", "differing_slots")
+        found = {(r["kernel"], str(r["launch"])): {x: r[x] for x in kept if x in r} for r in rows}
         checks = [found[kernel, str(launch)] for _, kernel, launch in jobs]
     else:
         with ThreadPoolExecutor(args.workers) as pool:
@@ -267,7 +276,8 @@ def main() -> None:
         record(args.results, "kernel-launch", row, device=DEVICE, seed=1)
         ms = row.get("ms")
         time = "" if ms is None else f"{ms:.3f} ms "
-        verdict = "; ".join(row["failures"])[:200] or f"{time}{row['error_ratios']}"
+        other = f" other slots: {row['differing_slots']} of {row['slots']}" if row.get("slots") else ""
+        verdict = "; ".join(row["failures"])[:200] or f"{time}{row['error_ratios']}{other}"
         print(f"{op}.{kernel:12} {launch}: {verdict}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from train_cases import tiny, write_documents
 
 from llm_mlp.cli import main
 from llm_mlp.config import dump
+from llm_mlp.doctor import Read
 
 
 @pytest.fixture
@@ -431,14 +433,25 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch, ve
 
 
 def test_doctor(call, trained, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the verb sets it
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
     assert status == 0 and json.loads(out)["passed"]
+    assert {"slots", "differing_slots", "slot_rate", "token_rate", "choices"} <= json.loads(out)["checks"][0].keys()
     assert call("doctor", "--weights", "int3")[0] == 1
-    monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: model(ids).logits * 1.5)
+    monkeypatch.setattr("llm_mlp.doctor._steps", lambda model, ids: Read(model(ids).logits * 1.5, model.init_state(1)))
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40")
     assert status == 1 and "FAILED" in out
+
+
+def test_the_doctors_threads_do_not_spin(call, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert call("doctor", "--weights", "int3")[0] == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"  # the user's choice
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert call("doctor", "--weights", "int3")[0] == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # before torch is loaded, where a process begins with the verb
 
 
 def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
@@ -457,6 +470,12 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
     assert [row["source"] for row in rows] == ["b", "a"]
     assert all(row[how]["pairs"] == 64 for row in rows for how in ("composed", "concatenated"))
     assert call("context", "create", "brief", *model, "--text", "No.", "--composable")[0] == 0
+    status, out, _ = call("context", "show", "a", *model, "--surprise")
+    assert (
+        status == 0 and "surprise over the text, in 32 parts" in out and "layer  0  " in out and "read again in" in out
+    )
+    ran = json.loads(call("context", "show", "a", *model, "--surprise", "--json")[1])["surprise"]
+    assert len(ran["mean"]) == len(ran["ends"]) == 32 and {len(row["mean"]) for row in ran["layers"]} == {32}
     status, out, _ = call("context", "show", "a", *model, "--recall")
     assert status == 0 and "of 64 planted pairs" in out
     assert json.loads(call("context", "show", "a", *model, "--recall", "--json")[1])["recall"]["pairs"] == 64
@@ -466,6 +485,8 @@ def test_composing_and_recall(call, trained, tmp_path, monkeypatch):
         (("compose", "x", "a", "brief", *model, "--recall"), "too short for 64 pairs"),
         (("show", "x"), "does not exist"),  # nothing was stored
         (("show", "a", "--recall"), "--recall asks the model"),
+        (("show", "a", "--surprise"), "--surprise asks the model"),
+        (("show", "both", *model, "--surprise"), "is composed"),
         (("show", "both", *model, "--recall"), "is composed"),
     ):
         status, _, err = call("context", *args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -239,10 +240,14 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that every way of reading a text agrees on this machine, and show which backends run and why."""
+    # Some hundred thousand small operations, behind each of which torch's threads wait for one another: by default
+    # spinning, which takes the core from the one that is waited for where other programs run (minutes for seconds). It
+    # changes no number; it is read when torch is loaded, so it stands before every import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ModelConfig, build
     from llm_mlp.device import pick_device
-    from llm_mlp.doctor import environment, examine, report
+    from llm_mlp.doctor import environment, examine, report, table
     from llm_mlp.models import build_model
     from llm_mlp.weights import hold
 
@@ -260,10 +265,7 @@ def doctor(
             typer.echo(f"{name:20} {value}")
         for row in chosen:
             typer.echo(f"{row['op']:20} {row['backend']}: {row['why']}")
-        typer.echo(f"{'reading':26}{'error':>11}{'bound':>11}{'other tokens':>14}")
-        for c in checks:
-            verdict = "ok" if c.passed else "FAILED"
-            typer.echo(f"{c.name:26}{c.error:>11.3g}{c.bound:>11.3g}{c.differing:>14}  {verdict}  {c.note}".rstrip())
+        typer.echo("\n".join(table(checks)))
     if not found["passed"]:
         raise SystemExit(1)
 

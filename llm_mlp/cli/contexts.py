@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,18 +65,49 @@ def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool
 def _read_into(own: Any, name: str, reader: Any, tokens: Any, every: int, base: Any = None) -> Any:
     """The context of ``tokens``, read behind ``base`` on the way into ``name`` of store ``own``: from where an
     interrupted reading of the same has come to, and kept on the way."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     begun = own.begun(name, reader)
     done = next((len(c.tokens) for c in (begun, base) if c is not None), 0)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("reading tokens", total=len(tokens), completed=done)
+    with _reading(len(tokens), done) as progress:
         for context in reader.pieces(begun, tokens, every, base):
             if len(context.tokens) < len(tokens):
                 own.keep_reading(context, name)
-            bar.update(task, completed=len(context.tokens))
+            progress(len(context.tokens))
     return context
+
+
+@contextlib.contextmanager
+def _reading(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows in a terminal how far a reading is and how long it will take; to be told the tokens read so far."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("reading tokens", total=total, completed=done)
+        yield lambda read: bar.update(task, completed=read)
+
+
+def _curves(ran: Any) -> list[str]:
+    """A `Surprise` as lines: a mark a part, between the least and the most of its line."""
+    parts, size = len(ran.ends), ran.ends[0]
+    lines = [
+        f"surprise over the text, in {parts} parts of some {size:,} tokens (0.5: nothing known, less: predicted); read "
+        f"again in {ran.seconds:.1f} s"
+    ]
+    for name, row in (("all", ran.overall), *((f"layer {n:>2}", row) for n, row in ran.layers.items())):
+        mean = sum(row) / parts
+        lines.append(f"{name:8}  {_sparkline(row)}  {min(row):.3f} to {max(row):.3f}, mean {mean:.3f}")
+    return lines
+
+
+def _sparkline(row: Sequence[float]) -> str:
+    """A mark a number, from its least to its most; digits where the terminal has no bars."""
+    marks = "▁▂▃▄▅▆▇█"
+    try:
+        marks.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        marks = "12345678"
+    low, span = min(row), max(row) - min(row) or 1.0
+    return "".join(marks[round((x - low) / span * (len(marks) - 1))] for x in row)
 
 
 def _brought_back(found: Any) -> str:
@@ -190,18 +222,22 @@ def context_show(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Adds half-lives and the text's end.")] = None,
     store: StoreDir = None,
     recall: Annotated[bool, typer.Option("--recall", help="Measure what still comes back (reads it again).")] = False,
+    surprise: Annotated[
+        bool, typer.Option("--surprise", help="Tell what of the text surprised (reads it again, once).")
+    ] = False,
     as_json: AsJson = False,
     weights: Weights = "fp32",
     kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
-    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls."""
+    """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls, and what
+    surprised it."""
     from llm_mlp.config import ConfigError
-    from llm_mlp.context import Store, describe, measure_recall
+    from llm_mlp.context import Store, describe, measure_recall, measure_surprise
 
-    if recall and model is None:
-        raise ConfigError("--recall asks the model: give it by --model")
-
+    for asked, option in ((recall, "--recall"), (surprise, "--surprise")):
+        if asked and model is None:
+            raise ConfigError(f"{option} asks the model: give it by --model")
     own = Store(store)
     own.entry(name)
     reader = _reader(model, device, weights, kept) if model else None
@@ -210,6 +246,11 @@ def context_show(
     back = measure_recall(reader, context) if recall and reader is not None else None
     if back is not None:
         found["recall"] = back.report()
+    ran = None
+    if surprise and reader is not None:
+        with _reading(len(context.tokens)) as progress:
+            ran = measure_surprise(reader, context, progress=progress)
+        found["surprise"] = ran.report()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -233,6 +274,8 @@ def context_show(
         if "half_lives" in row:
             line += f"  half-lives {min(row['half_lives']):.0f} to {max(row['half_lives']):,.0f} tokens"
         typer.echo(line)
+    if ran is not None:
+        typer.echo("\n".join(_curves(ran)))
 
 
 @context_app.command("fork")

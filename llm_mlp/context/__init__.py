@@ -8,6 +8,7 @@ from llm_mlp.context.context import Context, Reader, describe, diff
 from llm_mlp.context.format import ContextError, Manifest, StorageError
 from llm_mlp.context.recall import Recall, SourceRecall, ask, measure_composed, measure_recall, plant, plant_each
 from llm_mlp.context.store import Found, Loaded, Store, default_folder
+from llm_mlp.context.surprise import Surprise, measure_surprise, measuring
 
 __all__ = [
     "Context",
@@ -20,6 +21,7 @@ __all__ = [
     "SourceRecall",
     "StorageError",
     "Store",
+    "Surprise",
     "ask",
     "compose",
     "composing",
@@ -28,6 +30,8 @@ __all__ = [
     "diff",
     "measure_composed",
     "measure_recall",
+    "measure_surprise",
+    "measuring",
     "plant",
     "plant_each",
 ]

@@ -5,8 +5,10 @@ The equations are in docs/model.md; letters in docs/notation.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -65,7 +67,7 @@ class PerceptionMixer(Mixer):
         self.block, self.slots, self.read = c.block, c.slots, c.read
         # Given the transition (P, log_a) of every text that is read, where it is set: what composing contexts needs.
         self.observer: Callable[[Tensor, Tensor], None] | None = None
-        # Given k, w, log_decay, beta and the residuals of every text that is read, where it is set.
+        # Given k, w, log_decay, beta and the residuals of every text that is read, where it is set (`watching`).
         self.watcher: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None] | None = None
         # Where the text is split over processes: what of the past crosses to this one (`llm_mlp.train.context`).
         self.split: Split | None = None
@@ -171,9 +173,9 @@ class PerceptionMixer(Mixer):
             y = head_outputs(y, units, share, gate, eps=self.eps)
         else:
             y = head_outputs(y, units, share, None, eps=self.eps)
-            u, written = residual.clamp(min=1e-12).sqrt(), w.to(residual.dtype).norm(dim=-1)
-            gain = self.surprise_gain.to(u.dtype).view(u.shape[-2:])
-            y = y * (1 + gain * u / (u + written + 1e-6))[..., None].to(y.dtype)
+            s = surprise(w, residual)
+            gain = self.surprise_gain.to(s.dtype).view(s.shape[-2:])
+            y = y * (1 + gain * s)[..., None].to(y.dtype)
             if gate is not None:
                 y = y * torch.sigmoid(gate).view_as(y)
         return y.flatten(-3)
@@ -391,6 +393,32 @@ class PerceptionMixer(Mixer):
         if c.block:
             state += rows * (G * R + values) * dtype_bytes + rows * G * wide_bytes + 8
         return Cost(matrices + first + vectors, 2 * matrices + 4 * first + perceiving + remembering, state)
+
+
+def surprise(w: Tensor, residual: Tensor) -> Tensor:
+    """How badly heads' memories predicted what was written: ``|u| / (|u| + |w|)`` of w ``[..., m, V]`` and the squared
+    norms of the residuals u ``[..., m]`` -> ``[..., m]`` from 0 (known) to 1; an empty memory's is 1/2."""
+    u = residual.clamp(min=1e-12).sqrt()
+    return u / (u + w.to(residual.dtype).norm(dim=-1) + 1e-6)
+
+
+@contextlib.contextmanager
+def watching(
+    model: nn.Module, see: Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+) -> Iterator[None]:
+    """In the ``with`` block ``see`` is given what the perception layers of an LM (or of its stage) do with every text
+    that is read at once: the layer's number, k ``[B, T, G, F]``, w ``[B, T, G, m, V]``, log_decay ``[B, T, G, m]``,
+    beta (what erasing is computed from) or None, and the residuals' squared norms ``[B, T, G, m]``. Steps are not
+    seen."""
+    blocks: Any = model.blocks
+    mixers = [(int(n), block.mixer) for n, block in blocks.named_children() if isinstance(block.mixer, PerceptionMixer)]
+    for n, mixer in mixers:
+        mixer.watcher = partial(see, n)
+    try:
+        yield
+    finally:
+        for _, mixer in mixers:
+            mixer.watcher = None
 
 
 def _gates(config: ModelConfig) -> tuple[tuple[str, bool], ...]:

@@ -3,21 +3,30 @@
 The rule: a tensor passes whose root mean square error is at most twice that of `chunked`, or 2 eps of its dtype times
 the truth's root mean square, and whose largest error is at most three times as large as allowed on that count; four
 times where it has under 1,000 numbers, whose error is chance. The truth is `chunked` in float64 on the rounded inputs.
-Each entry of ``_CASES`` gives, for the sizes that `llm_mlp.ops.tune` knows a launch by, pairs of a function (of a
-backend: a function of the inputs) and its inputs.
+Each entry of ``_CASES`` gives, for the sizes that `llm_mlp.ops.tune` knows a launch by, a `Case` or several.
+
+Of ops that choose what is memorised the rows are counted that float64 chooses and the kernels do not (`Found`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_mlp.ops.tune import Sizes
+from llm_mlp.ops.tune import Found, Sizes
 
-Case = tuple[Callable[[str], Callable[..., Sequence[Tensor]]], list[Tensor]]
+
+class Case(NamedTuple):
+    """A function (of a backend: a function of the inputs) and its inputs."""
+
+    run: Callable[[str], Callable[..., Sequence[Tensor]]]
+    inputs: list[Tensor]
+    keys: int = -1  # which of the outputs are memorised keys [N, G, slots + block, R], if any are
+    slots: int = 0
 
 
 def compare(
@@ -45,6 +54,19 @@ def compare(
             if not float(a) <= few * slack * max(2 * float(b), floor):
                 failures.append(f"{name}: {what} error {float(a):.3g}, of chunked {float(b):.3g}")
     return failures
+
+
+def choices(got: Tensor, truth: Tensor) -> tuple[int, int]:
+    """Of memorised keys ``[N, G, slots, R]`` how many rows the truth has in use, and how many ``got`` does not hold.
+
+    Rows are told by their place in space: a token's are nearer each other than half their length in any dtype, while
+    those of two tokens, random in all the checks, are not.
+    """
+    got, truth = got.detach().double(), truth.detach().double()
+    length = truth.norm(dim=-1)
+    near = torch.cdist(truth, got) < length[..., None] / 2
+    used = length > 0
+    return int(used.sum()), int((used & ~near.any(-1)).sum())
 
 
 def both_ways(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -98,9 +120,7 @@ def _perceive_cases(F: int, m: int, V: int, scalar: bool, dtype: torch.dtype, de
         return [x.to(device) for x in (q, k, e, w, decay, state)]
 
     return [
-        (lambda backend: run(backend, False), inputs(mild)),  # type: ignore[list-item]
-        (lambda backend: run(backend, False), inputs(wild)),  # type: ignore[list-item]
-        (lambda backend: run(backend, True), inputs(wild)),  # type: ignore[list-item]
+        Case(partial(run, spans=spans), inputs(decay)) for decay, spans in ((mild, False), (wild, False), (wild, True))
     ]
 
 
@@ -133,7 +153,9 @@ def _memorise_cases(R: int, width: int, activation: str, dtype: torch.dtype, dev
         return call
 
     inputs = [q, k, w, sink]
-    return [(lambda backend: run(backend, False), inputs), (lambda backend: run(backend, True), inputs)]
+    return [
+        Case(partial(run, carried=carried), inputs, keys, size["slots"]) for carried, keys in ((False, 1), (True, 2))
+    ]
 
 
 def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
@@ -149,7 +171,7 @@ def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
     if not R:  # what comes after the ops has none
         rows = (B, T, G, m)
         inputs = [x.to(dtype) for x in (normal(*rows, V), normal(*rows, V), normal(*rows), normal(B, T, width))]
-        return [(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
+        return [Case(lambda backend: lambda *x: [head_outputs(*x, eps=1e-6, backend=backend)], inputs)]
 
     def run(backend: str, normalize: bool = True) -> Callable:
         def call(x: Tensor, conv: Tensor, slope: Tensor, write: Tensor, gain: Tensor, *tail: Tensor):
@@ -164,7 +186,7 @@ def _heads_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
     inputs = [normal(B, T, C).to(dtype), normal(C, K) / 2, 1 + normal(C) / 4]
     inputs += [normal(B, T, width).to(dtype), 1 + normal(2, R) / 4]
     carried = [*inputs, normal(B, K - 1, C).to(dtype)]
-    return [(run, inputs), (run, carried), (lambda backend: run(backend, False), carried)]
+    return [Case(run, inputs), Case(run, carried), Case(partial(run, normalize=False), carried)]
 
 
 def _first_layer_cases(R: int, F: int, dtype: torch.dtype, device: str) -> list[Case]:
@@ -176,7 +198,7 @@ def _first_layer_cases(R: int, F: int, dtype: torch.dtype, device: str) -> list[
     def run(backend: str) -> Callable:
         return lambda z, weight, *slope: [first_layer(z, weight, *(slope or (None,)), eps=1e-6, backend=backend)]
 
-    return [(run, inputs), (run, inputs[:2])]
+    return [Case(run, inputs), Case(run, inputs[:2])]
 
 
 def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[Case]:
@@ -194,7 +216,7 @@ def _cross_entropy_cases(dtype: torch.dtype, device: str) -> list[Case]:
 
         return of
 
-    return [(run(0.0), [hidden, weight]), (run(15.0), [hidden, weight])]
+    return [Case(run(cap), [hidden, weight]) for cap in (0.0, 15.0)]
 
 
 def _normals(seed: int, device: str) -> Callable[..., Tensor]:
@@ -227,7 +249,7 @@ def _perceive_step_cases(
 
         return of
 
-    return [(run(None), inputs), (run([4, -1, 0]), inputs)]
+    return [Case(run(rows), inputs) for rows in (None, [4, -1, 0])]
 
 
 def _memorise_step_cases(
@@ -280,7 +302,7 @@ def _memorise_step_cases(
 
         return of
 
-    return [(run(None), inputs), (run([4, -1, 1]), inputs)]
+    return [Case(run(at), inputs, len(tokens), slots) for at in (None, [4, -1, 1])]
 
 
 def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[Case]:
@@ -308,7 +330,7 @@ def _heads_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
 
         return of
 
-    return [(run(None), inputs), (run([4, -1, 0]), inputs), (run(None, False), inputs)]
+    return [Case(run(None), inputs), Case(run([4, -1, 0]), inputs), Case(run(None, False), inputs)]
 
 
 def _linear_step_cases(eight: bool, dtype: torch.dtype, device: str) -> list[Case]:
@@ -333,7 +355,7 @@ def _linear_step_cases(eight: bool, dtype: torch.dtype, device: str) -> list[Cas
 
             return call
 
-        return run, [x.to(dtype) for x in tensors]
+        return Case(run, [x.to(dtype) for x in tensors])
 
     return [
         case
@@ -359,7 +381,7 @@ def _gates_step_cases(R: int, V: int, dtype: torch.dtype, device: str) -> list[C
 
         return call
 
-    return [(run, [8 * normal(B, 2 * G * m).to(dtype), -3 + normal(G * m), 4 * normal(B, G).to(dtype)])]
+    return [Case(run, [8 * normal(B, 2 * G * m).to(dtype), -3 + normal(G * m), 4 * normal(B, G).to(dtype)])]
 
 
 def _perception_step_cases(
@@ -416,7 +438,7 @@ def _perception_step_cases(
 
         return of
 
-    return [(run(None), inputs), (run([4, -1, 1]), inputs)]
+    return [Case(run(at), inputs, tokens + 2, slots) for at in (None, [4, -1, 1])]
 
 
 _CASES: dict[str, Callable[..., list[Case]]] = {
@@ -434,28 +456,31 @@ _CASES: dict[str, Callable[..., list[Case]]] = {
 }
 
 
-def check(op: str, sizes: Sizes, device: str) -> list[str]:
-    """What the kernels of an op get wrong at these sizes on a device, as text; empty if nothing."""
+def check(op: str, sizes: Sizes, device: str) -> Found:
+    """What the kernels of an op get wrong at these sizes on a device, and how many choices they make otherwise."""
     constants: dict[str, Any] = dict(sizes)
     dtype = getattr(torch, constants.pop("dtype"))
     before = torch.get_float32_matmul_precision()
     # Beside 16-bit inputs the kernels multiply float32 in fewer bits; so may the yardstick.
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     try:
-        return _failures(op, _CASES[op](**constants, dtype=dtype, device=device))
+        return _found(op, _CASES[op](**constants, dtype=dtype, device=device))
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _failures(op: str, cases: list[Case]) -> list[str]:
-    failures: list[str] = []
+def _found(op: str, cases: list[Case]) -> Found:
+    failures, slots, differing = list[str](), 0, 0
     ways = _forward_only if op.endswith("_step") else both_ways
-    for number, (run, inputs) in enumerate(cases):
-        truth = ways(run("chunked"), [x.double() for x in inputs])
-        yard, got, again = (ways(run(backend), inputs) for backend in ("chunked", "triton", "triton"))
+    for number, case in enumerate(cases):
+        truth = ways(case.run("chunked"), [x.double() for x in case.inputs])
+        yard, got, again = (ways(case.run(backend), case.inputs) for backend in ("chunked", "triton", "triton"))
         names = [f"case {number}, tensor {n}" for n in range(len(got))]
         failures += compare(names, got, yard, truth)
         failures += [
             f"{n}: two runs differ" for n, a, b in zip(names, got, again, strict=True) if not torch.equal(a, b)
         ]
-    return failures
+        if case.slots:
+            more, other = choices(*(found[case.keys][:, :, : case.slots] for found in (got, truth)))
+            slots, differing = slots + more, differing + other
+    return Found(failures, slots, differing)

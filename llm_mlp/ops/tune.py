@@ -67,6 +67,16 @@ class Plan(NamedTuple):
                     os.environ[ASSEMBLER] = before
 
 
+class Found(NamedTuple):
+    """What a check found: what fails, as text, and of the memorised rows that float64 chooses (of a few sequences and
+    all groups, where the op chooses any) how many there are and how many the kernels do not choose. These are no
+    failures by themselves: where the kernels compute the scores, two of them may lie within rounding."""
+
+    failures: list[str]
+    slots: int = 0
+    differing: int = 0
+
+
 ASSEMBLER = "TRITON_PTXAS_PATH"  # as Triton reads it
 SYSTEM_ASSEMBLER = "/usr/local/cuda/bin/ptxas"
 _known: dict[tuple[str, Sizes], tuple[Plan | None, str]] = {}  # the plan that passed, or why none did
@@ -144,17 +154,21 @@ def _look_up(op: str, sizes: Sizes, device: str) -> tuple[Plan | None, str]:
     if key not in kept:
         what = ", ".join(f"{name} = {size}" for name, size in sizes)
         log.info("%s: checking the kernels for %s against float64 (once for this device, under a minute)", op, what)
-        found: list[str] = []
-        passed = None
+        failures: list[str] = []
+        passed, found = None, Found([])
         for way in plans():
-            failures = check_apart(op, sizes, way, device)
-            if not failures:
+            found = check_apart(op, sizes, way, device)
+            if not found.failures:
                 passed = way
                 break
-            found.append(f"{way}: {'; '.join(failures)}")
-        kept[key] = {"plan": passed, "failures": found}
+            failures.append(f"{way}: {'; '.join(found.failures)}")
+        kept[key] = {"plan": passed, "failures": failures, "slots": found.slots, "differing": found.differing}
         if passed is None:
-            log.warning("%s: the kernels are wrong here for %s and will not be used: %s", op, what, " | ".join(found))
+            log.warning(
+                "%s: the kernels are wrong here for %s and will not be used: %s", op, what, " | ".join(failures)
+            )
+        elif found.slots:
+            log.info("%s: %d of %d memorised rows are other than float64 chooses", op, found.differing, found.slots)
         _write(file, {**_read(file), key: kept[key]})
     row = kept[key]
     if row["plan"] is not None:
@@ -215,8 +229,8 @@ def _write(file: Path, rows: dict[str, Any]) -> None:
 # -- the check, in a process of its own -------------------------------------------------------------------------------
 
 
-def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> list[str]:
-    """`check` of a plan in a process of its own: what fails."""
+def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> Found:
+    """`check` of a plan in a process of its own."""
     spec = json.dumps({"op": op, "sizes": sizes, "plan": way, "device": device})
     try:
         done = subprocess.run(
@@ -227,14 +241,13 @@ def check_apart(op: str, sizes: Sizes, way: Plan, device: str) -> list[str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return [f"the check took over {TIMEOUT} s"]
+        return Found([f"the check took over {TIMEOUT} s"])
     except OSError as error:
-        return [f"the check did not start: {error}"]
+        return Found([f"the check did not start: {error}"])
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     if not lines:
-        return [f"the check ended with {done.returncode}: {done.stderr.strip()[-200:]}"]
-    found: list[str] = json.loads(lines[-1])
-    return found
+        return Found([f"the check ended with {done.returncode}: {done.stderr.strip()[-200:]}"])
+    return Found(*json.loads(lines[-1]))
 
 
 def main() -> None:
@@ -246,6 +259,6 @@ def main() -> None:
 
         found = check(spec["op"], sizes, spec["device"])
     except Exception as error:  # whatever a compiler or a device says: the kernels do not run here
-        found = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"]
+        found = Found([f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"])
     print(json.dumps(found), flush=True)
     os._exit(0)  # a lost device may not let the interpreter end

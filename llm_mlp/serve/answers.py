@@ -175,6 +175,18 @@ class ContextRecall(BaseModel):
     warning: str | None
 
 
+class LayerSurprise(BaseModel):
+    layer: int
+    mean: list[float] = Field(description="of each part of the text")
+
+
+class ContextSurprise(BaseModel):
+    ends: list[int] = Field(description="tokens up to the end of each part of the text")
+    mean: list[float] = Field(description="of each part, all layers; 0.5 is an empty memory's, less is known")
+    layers: list[LayerSurprise]
+    seconds: float = Field(description="that reading took")
+
+
 class SourceRecall(BaseModel):
     source: str
     composed: ContextRecall

@@ -85,7 +85,7 @@ def _add_contexts(app: FastAPI, service: Service, readings: Readings) -> None:
 
 
 def _add_context_tools(app: FastAPI, service: Service, readings: Readings) -> None:
-    """Contexts: compared, composed, asked what they recall, sent and taken in as files."""
+    """Contexts: compared, composed, asked what they recall and what surprised, sent and taken in as files."""
     importing = asyncio.Lock()  # each file is loaded whole, to be checked
 
     @app.get("/v1/contexts/{name}/diff", response_model=answers.ContextDiff)
@@ -122,6 +122,11 @@ def _add_context_tools(app: FastAPI, service: Service, readings: Readings) -> No
     async def recall(name: str, http: HTTP, user: User) -> Any:
         context = await asyncio.to_thread(service.context, user, name)
         return (await unless_gone(http, readings.recall(context))).report()
+
+    @app.post("/v1/contexts/{name}/surprise", response_model=answers.ContextSurprise)
+    async def surprise(name: str, http: HTTP, user: User) -> Any:
+        context = await asyncio.to_thread(service.context, user, name)
+        return (await unless_gone(http, readings.surprise(context))).report()
 
     @app.get("/v1/contexts/{name}/file", response_class=StreamingResponse, responses={200: {"content": FILE}})
     async def export(name: str, user: User) -> Response:

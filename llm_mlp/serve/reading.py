@@ -14,7 +14,18 @@ from typing import Any
 
 import torch
 
-from llm_mlp.context import Context, ContextError, Recall, SourceRecall, ask, composing, plant, plant_each
+from llm_mlp.context import (
+    Context,
+    ContextError,
+    Recall,
+    SourceRecall,
+    Surprise,
+    ask,
+    composing,
+    measuring,
+    plant,
+    plant_each,
+)
 from llm_mlp.infer import Request, Start, read_tokens
 from llm_mlp.models.mixer import State
 from llm_mlp.serve.service import Piece, Prompt, Refused, Service, last_piece
@@ -198,11 +209,25 @@ class Readings:
 
     async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
         """The state after a text with planted pairs, which is read as any prompt is."""
-        if len(tokens) > (most := self.service.settings.max_prompt):
-            raise Refused(400, f"with what is planted {len(tokens):,} tokens; {most:,} are read", field)
+        self._readable(len(tokens), field, "with what is planted")
         end = (await self.service.read(Request(tokens.tolist(), 0, keep=True))).final
         assert end is not None
         return end
+
+    async def surprise(self, context: Context) -> Surprise:
+        """As `llm_mlp.context.measure_surprise`, in pieces of a chunk.
+
+        Raises:
+            ContextError: a composed context. Refused: a text too long, or over time.
+        """
+        self._readable(len(context.tokens), "context", "the text is")
+        work = measuring(self.service.reader, context, piece=self.service.settings.chunk)
+        return await self.service.in_pieces(work)
+
+    def _readable(self, tokens: int, field: str, what: str) -> None:
+        """Refuse to read more on the side than a prompt may have."""
+        if tokens > (most := self.service.settings.max_prompt):
+            raise Refused(400, f"{what} {tokens:,} tokens; {most:,} are read", field)
 
     async def compose(self, contexts: Sequence[Context]) -> Context:
         """As `llm_mlp.context.compose`, the separator last, in pieces between the engine's steps."""

@@ -545,7 +545,7 @@ class Service:
         """What ``function`` gives, run where the model is free."""
         return await asyncio.wrap_future(self.engine.call(function))
 
-    async def in_pieces(self, work: Generator[None, None, Found]) -> Found:
+    async def in_pieces(self, work: Generator[object, None, Found]) -> Found:
         """What a generator returns, each of its pieces run between two of the engine's steps.
 
         Raises:

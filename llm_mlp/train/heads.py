@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_mlp.models import LM
-from llm_mlp.models.perception import PerceptionMixer
+from llm_mlp.models.perception import watching
 from llm_mlp.train.parallel import World
 
 DEAD = 0.01  # a feature whose mean square is below this share of the average feature's
@@ -27,20 +27,14 @@ class HeadStatistics:
     """
 
     def __init__(self, model: LM) -> None:
-        named = ((int(n), block.mixer) for n, block in model.blocks.named_children())
-        self._mixers = [(n, mixer) for n, mixer in named if isinstance(mixer, PerceptionMixer)]
+        self._model = model
         self._found: dict[str, float] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         self._found = {}
-        for n, mixer in self._mixers:
-            mixer.watcher = lambda k, w, log_decay, beta, residual, n=n: self._see(n, k, w, log_decay, beta, residual)
-        try:
+        with watching(self._model, self._see):
             yield
-        finally:
-            for _, mixer in self._mixers:
-                mixer.watcher = None
 
     @torch.no_grad()
     def _see(self, n: int, k: Tensor, w: Tensor, log_decay: Tensor, beta: Tensor | None, residual: Tensor) -> None:

@@ -52,7 +52,7 @@ def asked(monkeypatch, tmp_path):
     def check(op, sizes, way, device):
         number = tune.plans().index(way)
         seen.append(number)
-        return ["case 0, tensor 1: rms error 3, of chunked 0.01"] if number in wrong else []
+        return tune.Found(["case 0, tensor 1: rms error 3, of chunked 0.01"] if number in wrong else [], 128, 1)
 
     monkeypatch.setattr(tune, "check_apart", check)
     monkeypatch.setattr(tune, "newest_assembler", lambda: "/new/ptxas")
@@ -64,10 +64,13 @@ def again(monkeypatch):
     monkeypatch.setattr(tune, "_known", {})
 
 
-def test_what_passed_is_remembered(asked, monkeypatch):
+def test_what_passed_is_remembered(asked, monkeypatch, caplog):
     seen, _ = asked
-    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    with caplog.at_level(logging.INFO, "llm_mlp.ops"):
+        assert tune.untrusted("perceive", SIZES, "cpu") is None
     assert tune.plan("perceive", SIZES) == tune.Plan(0, "/new/ptxas")
+    assert "1 of 128 memorised rows are other than float64 chooses" in caplog.text
+    assert [row["differing"] for row in tune._read(tune._cache_file()).values()] == [1]
     again(monkeypatch)
     assert tune.untrusted("perceive", SIZES, "cpu") is None
     assert seen == [0]
@@ -139,6 +142,41 @@ def test_compare_tells_a_wrong_tensor():
     assert checks.compare("y", [near.mul(torch.inf)], [yard], [truth]) == ["y: not finite"]
 
 
+def test_other_choices_are_counted():
+    truth = torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    truth[1, 2, 5:] = 0  # not in use
+    got = truth.flip(2).bfloat16()  # order and rounding do not matter
+    assert checks.choices(got, truth) == (45, 0)
+    got[0, 1, 4] = torch.randn(16)
+    got[1, 0, 0] = got[1, 0, 1]
+    assert checks.choices(got, truth) == (45, 2)
+
+
+@pytest.mark.parametrize("op", ["memorise", "memorise_step", "perception_step"])
+def test_a_check_counts_other_choices(monkeypatch, op):
+    """With plain torch in the kernels' place, which in one slot of each case keeps another token."""
+    cases, sizes = checks._CASES[op], next(sizes for name, sizes in CHECKED if name == op)
+
+    def kernels(case, wrong):
+        def run(backend):
+            def call(*inputs):
+                found = list(case.run("chunked")(*inputs))
+                if wrong and backend == "triton":
+                    keys = found[case.keys] = found[case.keys].clone()
+                    keys[1, 0, 0] = keys[1, 0, 1]
+                return found
+
+            return call
+
+        return case._replace(run=run)
+
+    for wrong in (False, True):
+        monkeypatch.setitem(checks._CASES, op, lambda wrong=wrong, **given: [kernels(c, wrong) for c in cases(**given)])
+        found = checks.check(op, sizes, "cpu")
+        assert (found.differing, not found.failures) == ((2, False) if wrong else (0, True))
+        assert found.slots >= 2 * 2 * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "sizes", "number"),
@@ -147,7 +185,9 @@ def test_compare_tells_a_wrong_tensor():
 def test_the_check_itself(monkeypatch, op, sizes, number):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert tune.check_apart(op, sizes, tune.Plan(number), "cpu") == []
+    found = tune.check_apart(op, sizes, tune.Plan(number), "cpu")
+    assert found.failures == [] and found.differing == 0
+    assert bool(found.slots) == (op in ("memorise", "memorise_step", "perception_step"))
 
 
 def test_every_op_with_kernels_has_a_check():
@@ -156,9 +196,9 @@ def test_every_op_with_kernels_has_a_check():
 
 def test_a_check_that_dies_says_how(monkeypatch):
     monkeypatch.setattr(tune.sys, "executable", "/bin/false")
-    assert tune.check_apart("perceive", SIZES, tune.Plan(), "cpu") == ["the check ended with 1: "]
+    assert tune.check_apart("perceive", SIZES, tune.Plan(), "cpu").failures == ["the check ended with 1: "]
     monkeypatch.setattr(tune.sys, "executable", "/nowhere/python")
-    assert "the check did not start" in tune.check_apart("perceive", SIZES, tune.Plan(), "cpu")[0]
+    assert "the check did not start" in tune.check_apart("perceive", SIZES, tune.Plan(), "cpu").failures[0]
 
 
 def test_the_second_launch_computes_the_same(monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from serve_cases import TEXT, serving, small_model
 
-from llm_mlp.context import Context, Reader, compose, composing, measure_composed, measure_recall
+from llm_mlp.context import Context, Reader, compose, composing, measure_composed, measure_recall, measure_surprise
 from llm_mlp.context.format import digest
 from llm_mlp.infer import Request
 from llm_mlp.serve.service import _reseeded
@@ -154,6 +154,7 @@ def test_nobody_reaches_anothers(model, tmp_path):
                 ("GET", "mine/file", None),
                 ("GET", "own/diff?other=mine", None),
                 ("POST", "mine/recall", None),
+                ("POST", "mine/surprise", None),
                 ("POST", "new/compose", {"contexts": ["mine"]}),
             ):
                 found = http.request(method, f"/v1/contexts/{path}", json=body, headers=headers)
@@ -215,6 +216,20 @@ def test_recall_is_that_of_the_library(http, server):
     assert http.get("/v1/contexts/long").json()["id"] == row["id"]
     made(http, "short", "A text.")
     says(http.post("/v1/contexts/short/recall"), 409, "too short for 64 pairs")
+
+
+def test_surprise_is_that_of_the_library(http, server):
+    row = made(http, "read", TEXT[:700])
+    found = http.post("/v1/contexts/read/surprise")
+    assert found.status_code == 200, found.text
+    want = measure_surprise(server[1].reader, server[1].store("").get("read")).report()
+    assert found.json()["ends"] == want["ends"] and found.json()["mean"] == pytest.approx(want["mean"], abs=1e-3)
+    assert [each["layer"] for each in found.json()["layers"]] == [each["layer"] for each in want["layers"]]
+    assert http.get("/v1/contexts/read").json()["id"] == row["id"]
+    for name in ("one", "two"):
+        made(http, name, TEXT[:300], composable=True)
+    assert http.post("/v1/contexts/joined/compose", json={"contexts": ["one", "two"]}).status_code == 201
+    says(http.post("/v1/contexts/joined/surprise"), 409, "is composed")
 
 
 def test_recall_of_composed_contexts_is_that_of_the_library(http, server):
