@@ -433,7 +433,6 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch, ve
 
 
 def test_doctor(call, trained, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the verb sets it
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--weights", "bf16", "--json")
@@ -445,13 +444,25 @@ def test_doctor(call, trained, monkeypatch):
     assert status == 1 and "FAILED" in out
 
 
-def test_the_doctors_threads_do_not_spin(call, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert call("doctor", "--weights", "int3")[0] == 1
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"  # the user's choice
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert call("doctor", "--weights", "int3")[0] == 1
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # before torch is loaded, where a process begins with the verb
+@pytest.mark.parametrize(
+    ("verb", "given", "then"),
+    [
+        ("doctor", {}, "0"),
+        ("serve", {}, "0"),
+        ("train", {}, "10000"),
+        ("doctor", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_do_not_spin_for_long(call, monkeypatch, verb, given, then):
+    """Unless the user has said how they wait; before torch is loaded, where a process begins with the verb."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    call(verb, "--help")
+    assert os.environ.get("GOMP_SPINCOUNT") == then
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
 
 def test_composing_and_recall(call, trained, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ ROOT = Path(llm_mlp.__file__).parent
 LAYERS = [
     ["presets", "allocator", "energy", "page"],
     ["config", "ops"],
-    ["models", "data", "precision", "device"],
+    ["models", "data", "device"],
+    ["precision"],
     ["weights"],
     ["checkpoint"],
     ["infer", "eval"],

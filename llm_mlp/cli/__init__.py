@@ -36,11 +36,28 @@ app.command()(chat)
 app.command()(plan)
 
 
+# How often torch's CPU threads look for one another behind an operation before they sleep; left alone, they do so for
+# milliseconds, and where other programs run take the core from the very thread they wait for (docs/serving.md has
+# figures). 10,000 times cost hardly anything on idle cores. A server has company of its own, and doctor a hundred
+# thousand small operations.
+_SPINS, _SPINS_OF = 10_000, {"serve": 0, "doctor": 0}
+
+
+def _wait_calmly(verb: str | None) -> None:
+    """Before torch is loaded, which reads it then; what the user has set stands."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS_OF.get(verb or "", _SPINS)))
+
+
 @app.callback(invoke_without_command=True)
-def _start(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     if version:
         typer.echo(llm_mlp.__version__)
         raise typer.Exit
+    _wait_calmly(context.invoked_subcommand)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llm_mlp").setLevel(logging.INFO)
 
@@ -240,10 +257,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that every way of reading a text agrees on this machine, and show which backends run and why."""
-    # Some hundred thousand small operations, behind each of which torch's threads wait for one another: by default
-    # spinning, which takes the core from the one that is waited for where other programs run (minutes for seconds). It
-    # changes no number; it is read when torch is loaded, so it stands before every import.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from llm_mlp.checkpoint import load_model
     from llm_mlp.config import ModelConfig, build
     from llm_mlp.device import pick_device
