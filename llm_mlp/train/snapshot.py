@@ -262,7 +262,10 @@ def check_same_run(old: TrainConfig, new: TrainConfig, folder: Path) -> None:
 def read_train_config(folder: Path) -> TrainConfig:
     """The config of the run that wrote a checkpoint."""
     try:
-        return build(TrainConfig, read_json(folder / "training.json")["config"], str(folder / "training.json"))
+        values = read_json(folder / "training.json")["config"]
+        if "ffn_precision" in values:  # runs made before `module_precision` have its ffn under a name of its own
+            values["module_precision"] = {"ffn": values.pop("ffn_precision")}
+        return build(TrainConfig, values, str(folder / "training.json"))
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{folder / 'training.json'}: no usable config ({error})") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llm_mlp.checkpoint import read_tensors
 from llm_mlp.config import ConfigError, ModelConfig, ModulePrecisionConfig, build
 from llm_mlp.models import build_model, lm
 from llm_mlp.precision import Precision
+from llm_mlp.train.snapshot import checkpoints
 
 PARTS = ("mixer", "ffn", "head")
 
@@ -62,6 +64,18 @@ def test_a_part_alone_computes_in_it(part, monkeypatch):
         name: torch.float32 if name == part else torch.bfloat16 for name in PARTS
     }
     assert precision.of(part) is None and all(precision.of(p) == torch.bfloat16 for p in PARTS if p != part)
+
+
+@pytest.mark.parametrize("ffn", ["same", "fp8"])
+def test_a_run_made_under_the_earlier_name_is_resumed(tmp_path, ffn):
+    overrides = ("steps=2", "precision=bf16", f"module_precision.ffn={ffn}")
+    run(tmp_path, *overrides, stop_after=1)
+    path = checkpoints(tmp_path / "run")[-1] / "training.json"
+    facts = json.loads(path.read_text())
+    del facts["config"]["module_precision"]
+    facts["config"]["ffn_precision"] = ffn
+    path.write_text(json.dumps(facts))
+    assert run(tmp_path, *overrides, resume=True).steps == 2
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp64"])
