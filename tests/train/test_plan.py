@@ -190,7 +190,14 @@ def as_on_cuda(forward):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("preset", "routed"), [("demo", 0), ("demo", 2), pytest.param("30m", 0, marks=pytest.mark.slow)]
+    ("preset", "routed"),
+    [
+        ("demo", 0),
+        ("demo", 2),
+        ("demo-transformer", 0),
+        pytest.param("30m", 0, marks=pytest.mark.slow),
+        pytest.param("30m-transformer", 0, marks=pytest.mark.slow),  # whose keys and values make the peak under "full"
+    ],
 )
 def test_layers_add_up_to_the_model(mode, preset, routed):
     """A whole model's forward and backward pass, followed at once, peaks where the sum over its layers does."""

@@ -213,11 +213,11 @@ class Job:
         # Of the stage that keeps most: the first has most micro-batches under way, later ones are given more of each.
         flying = max(min(layout.pp - s, parts) * (every + more) for s, more in enumerate(entering))
         at_end = every + stream + entering[-1]  # of the last stage, whose only micro-batch reaches the loss
-        passing = sum(traces[i].state for i in kinds)  # which the caller has to the end of the forward pass
+        # The states, which the caller has to the end of the forward pass. With "full" no layer saves a part of them.
+        passing = sum(traces[i].whole_state if full else traces[i].state for i in kinds)
         working = max(t.forward - t.saved for t in traces.values())  # of a layer, forward
-        again = stream if mode == "selective" else 0  # the output, made again
         back = {
-            kind: max(t.forward + stream, t.backward) + crossed if full else t.backward - t.saved + again
+            kind: max(t.forward + stream, t.backward) + crossed if full else t.backward - t.saved
             for kind, t in traces.items()
         }
         before = gradients if parts > 1 else 0  # from earlier micro-batches

@@ -44,7 +44,8 @@ class Trace:
     """Bytes of one part of a model, reading one micro-batch; without its parameters and its input."""
 
     saved: int  # what autograd keeps for the backward pass
-    state: int  # what the part returns beside its output: the state after the last token
+    state: int  # of the state after the last token, which the part returns, what is not saved as well
+    whole_state: int
     forward: int  # most alive in the forward pass, the saved included
     backward: int  # most alive in the backward pass, the saved and all gradients included
     output: int
@@ -174,21 +175,19 @@ def _follow(
             cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on_gpu else contextlib.nullcontext()
             with _saving(known) as saved, cast:
                 y, kept = run(*read)
-            forward = live.peak
-            others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
-            state = sum(size for key, size in others.items() if key not in saved)
-            own = sum(saved.values())
-            saved.clear()
-            if (
-                not own
-            ):  # checkpointing has hooks of its own, and keeps what it keeps: all that is alive but what came out
-                own = live.now - y.nbytes - state
+            forward, alive = live.peak, live.now
+            states = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
+            own, whole_state = sum(saved.values()), sum(states.values())
+            state = sum(size for key, size in states.items() if key not in saved)
             output, grad = y.nbytes, torch.empty_like(y)
             edge = torch.autograd.graph.get_gradient_edge(y)
             del y, kept
+            if not own:  # checkpointing has hooks of its own, and keeps what it keeps: all that is alive now
+                own = live.now - output  # its gradient's size
+                state = alive - output - own
             live.peak = live.now
             torch.autograd.backward((edge,), (grad,))
-            return Trace(own, state, forward, live.peak, output)
+            return Trace(own, state, whole_state, forward, live.peak, output)
 
 
 @cache
