@@ -247,7 +247,9 @@ class _Run:
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
-        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world, self.cuts)
+        self.parts = snapshot.Parts(
+            self.model, self.optimizers, self.averages, world, self.cuts, self.wrapped.communication
+        )
         self.progress = snapshot.Progress(batch_size=config.batch_size)
         self.replay: Replay | None = None
         if resume:
