@@ -1,7 +1,8 @@
 """Checkpoints of a run: saved atomically, the last k and the best kept, resumed exactly.
 
 A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
-keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config). A run
+keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config, which
+launches of the kernels were chosen). A run
 whose weights are spread over processes writes ``shards/`` instead: safetensors by torch's distributed checkpointing,
 which any number of processes can read. Parts of layers are stored as rows of whole parameters, shared out anew among
 the processes. What PowerSGD owes each process's gradients stands in a file of the process. Nothing is pickled.
@@ -39,6 +40,7 @@ from llm_mlp.checkpoint import (
 from llm_mlp.config import ConfigError, TrainConfig, build, diff
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
+from llm_mlp.ops import tune
 from llm_mlp.train.average import Averages
 from llm_mlp.train.compress import Communication
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
@@ -128,6 +130,7 @@ def save(
         "world_size": world.size,
         "sharded": sharded,
         "buffers": _has_buffers(config, world),
+        "kernels": tune.choices(),
         "config": config.model_dump(mode="json"),
     }
 
@@ -306,6 +309,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
     """
     facts = read_json(folder / "training.json")
     check_same_run(read_train_config(folder), config, folder)
+    tune.go_by(facts.get("kernels", {}))
     missing = {"step", "loader", "best_loss", "skipped", "scaler"} - facts.keys()
     if missing:
         raise CheckpointError(f"{folder / 'training.json'}: no {', '.join(sorted(missing))}; the file was edited")

@@ -16,6 +16,7 @@ from train_cases import LARGER, run
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
 from llm_mlp.config import ConfigError
+from llm_mlp.ops import tune
 from llm_mlp.train import TrainingError, loop, snapshot
 from llm_mlp.train.console import read_metrics
 from llm_mlp.train.gradients import Gradients
@@ -281,6 +282,16 @@ def test_resuming_a_finished_run(tmp_path):
     assert again.tokens == 0 and again.steps == 3 and not again.interrupted
     assert again.bits_per_byte == first.bits_per_byte and again.evaluations == first.evaluations
     load_model(tmp_path / "run")
+
+
+def test_the_kernels_choices_are_those_of_the_checkpoint(tmp_path, monkeypatch):
+    """Where a cache has other ones, or none."""
+    chosen = {"perceive on some device": {"plan": [0, ""], "failures": [], "slots": 0, "differing": 0}}
+    monkeypatch.setattr(tune, "_rows", dict(chosen))
+    run(tmp_path, stop_after=2)
+    monkeypatch.setattr(tune, "_rows", {})
+    run(tmp_path, resume=True)
+    assert tune.choices() == chosen
 
 
 def test_steps_that_are_repeated_are_recorded_once(tmp_path):
