@@ -205,6 +205,43 @@ def test_fp16_scale_starts_at_2_to_16_and_falls_on_overflow(tmp_path):
     assert 0 < facts["scaler"]["scale"] <= 2.0**16
 
 
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_memory_that_ends_beside_the_passes_is_an_error_with_advice(tmp_path, monkeypatch, where):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+
+    monkeypatch.setattr(*((torch.optim.AdamW, "step") if where == "step" else (loop._Run, "_score")), out_of_memory)
+    says = r"rank 0 ran out of memory beside .* \(CUDA out of memory. Tried to allocate 1 GiB\).*optimizer.state: 8bit"
+    with pytest.raises(TrainingError, match=says):
+        run(tmp_path, "evaluation.every=2", "optimizer.name=adamw")
+
+
+def test_a_disk_too_full_for_metrics_says_so_and_the_run_is_resumed(tmp_path, monkeypatch):
+    whole = run(tmp_path, out="whole")
+    real = loop.Console.step
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    def step(self, number, place, values):
+        if number == 4:
+            self._files["metrics"] = Full(self._files["metrics"])
+        real(self, number, place, values)
+
+    monkeypatch.setattr(loop.Console, "step", step)
+    with pytest.raises(OSError, match=r"No space left on device; the last checkpoint stands.*metrics\.jsonl"):
+        run(tmp_path, "checkpoint.every=2")
+    monkeypatch.undo()
+    assert run(tmp_path, "checkpoint.every=2", resume=True).curve == whole.curve[2:]
+
+
 def test_resuming_with_another_config_says_what_differs(tmp_path):
     run(tmp_path, stop_after=2)
     with pytest.raises(CheckpointError, match=r"optimizer\.lr: 0\.01 -> 0\.02; steps: 6 -> 7.*--init-from"):
