@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_cases import LARGER, run
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
@@ -45,7 +46,12 @@ def test_learns_and_leaves_a_complete_run(tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
     assert lines[-1]["bits_per_byte"] == result.bits_per_byte
-    assert list((tmp_path / "run/tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines if "loss" in line
+    ]
+    shown = {"lr", "grad_norm", "tokens_per_second", "sample", "bits_per_byte", "heads/half_life/layer0"}
+    assert shown <= set(board.Tags()["scalars"])
 
 
 @pytest.mark.parametrize(
