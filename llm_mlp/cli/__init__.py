@@ -580,6 +580,8 @@ def main() -> None:
 
     try:
         app()
+    except SystemExit as end:
+        _leave(end)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise SystemExit(130) from None
@@ -595,6 +597,17 @@ def main() -> None:
         if type(error).__module__.startswith("llm_mlp.") or type(error) is ValueError:
             _fail(error)
         raise
+
+
+def _leave(end: SystemExit) -> None:
+    """One of several processes ends without the interpreter's own end, in which a thread of gloo's that still lets go
+    of a tensor would abort it: the run would be over, and torchrun would call it failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(end.code, int | None):
+        raise end
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code or 0)
 
 
 def _fail(error: BaseException | str) -> None:

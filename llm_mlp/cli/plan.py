@@ -23,9 +23,10 @@ def plan(
     tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: 20 a parameter.")] = None,
     batch: Annotated[float | None, typer.Option(help="Tokens a step; default: by the model's size.")] = None,
     layout: Annotated[str, typer.Option(help="Fix some of fsdp, pp, cp, tp, zero, micro: pp=4,tp=8.")] = "",
-    checkpointing: Annotated[str, typer.Option(help="auto, none or full.")] = "auto",
+    checkpointing: Annotated[str, typer.Option(help="auto, none, selective or full.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
     optimizer_state: Annotated[str, typer.Option(help="same or 8bit.")] = "same",
+    module_precision: Annotated[str, typer.Option(help="Parts not in bf16, as in a run: mixer=fp32,ffn=fp8.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a run needs: a layout that fits, memory, exchanges, FLOPs, time, cost and energy, and where each is from."""
@@ -43,6 +44,7 @@ def plan(
         checkpointing=checkpointing,
         optimizer=optimizer,
         optimizer_state=optimizer_state,
+        module_precision=module_precision,
     )
     if as_json:
         typer.echo(json.dumps(found, indent=1))

@@ -6,7 +6,8 @@ right), silently or by an illegal access. So the newest assembler at hand is tri
 once for each device, compiler and set of sizes, forward and backward (`llm_mlp.ops.checks` has the rule and the
 inputs). The check runs in a process of its own, because a miscompiled kernel can take the process's device with it,
 and what it found is kept in a file: in ``$LLM_MLP_CACHE``, else ``$XDG_CACHE_HOME/llm_mlp``, else
-``~/.cache/llm_mlp``.
+``~/.cache/llm_mlp``. A run's checkpoints hold it too (`choices`, `go_by`), so that a run that is resumed elsewhere
+launches what it launched before.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ class Found(NamedTuple):
 ASSEMBLER = "TRITON_PTXAS_PATH"  # as Triton reads it
 SYSTEM_ASSEMBLER = "/usr/local/cuda/bin/ptxas"
 _known: dict[tuple[str, Sizes], tuple[Plan | None, str]] = {}  # the plan that passed, or why none did
+_rows: dict[str, Any] = {}  # outcomes of checks that this process goes by, as the file holds them
+
+
+def choices() -> dict[str, Any]:
+    """What was found about the kernels that this process has asked about: plain data for `go_by`."""
+    return dict(_rows)
+
+
+def go_by(rows: dict[str, Any]) -> None:
+    """From here on choose as ``rows`` (`choices` of another process) say, where they are about this device, compiler
+    and code; what was chosen already stays."""
+    known = plans() if rows and find_spec("triton") else []
+    _rows.update({key: row for key, row in rows.items() if row["plan"] is None or Plan(*row["plan"]) in known})
 
 
 def plan(op: str, sizes: Sizes) -> Plan:
@@ -150,7 +164,7 @@ def untrusted(op: str, sizes: Sizes, device: str) -> str | None:
 
 def _look_up(op: str, sizes: Sizes, device: str) -> tuple[Plan | None, str]:
     file, key = _cache_file(), _key(op, sizes, device)
-    kept = _read(file)
+    kept = {**_read(file), **_rows}
     if key not in kept:
         what = ", ".join(f"{name} = {size}" for name, size in sizes)
         log.info("%s: checking the kernels for %s against float64 (once for this device, under a minute)", op, what)
@@ -170,7 +184,7 @@ def _look_up(op: str, sizes: Sizes, device: str) -> tuple[Plan | None, str]:
         elif found.slots:
             log.info("%s: %d of %d memorised rows are other than float64 chooses", op, found.differing, found.slots)
         _write(file, {**_read(file), key: kept[key]})
-    row = kept[key]
+    row = _rows[key] = kept[key]
     if row["plan"] is not None:
         return Plan(*row["plan"]), ""
     return None, f"the kernels failed their check on this device: {' | '.join(row['failures'])[:300]}"

@@ -16,7 +16,8 @@ from llm_mlp.config import ParallelConfig
 
 log = logging.getLogger("llm_mlp.train")
 
-START = 2  # steps whose gradients travel whole before PowerSGD begins (DDP lays its buckets out anew after the first)
+START = 2  # steps whose gradients travel whole before PowerSGD begins: the fewest that torch's hook allows
+_KEPT = ("error_dict", "p_memory_dict", "q_memory_dict")  # of torch's state, by the bucket's number
 
 
 class Communication:
@@ -30,6 +31,7 @@ class Communication:
         self.measure = False
         self.group: dist.ProcessGroup | None = None
         self._own: list[Tensor] = []
+        self._power_states: list[powersgd.PowerSGDState] = []  # one for each stage of this process
 
     def register(self, model: DistributedDataParallel, config: ParallelConfig) -> None:
         self.group = model.process_group
@@ -42,8 +44,27 @@ class Communication:
                 start_powerSGD_iter=START,
                 compression_stats_logging_frequency=2**62,
             )
+            self._power_states.append(state)
             hook = partial(self._power, state)  # error buffers belong to a model's buckets
         model.register_comm_hook(None, lambda _, bucket: self._measured(hook, bucket))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What PowerSGD goes on with, for a checkpoint: this process's error buffers, the last factors, the count."""
+        found = {}
+        for n, state in enumerate(self._power_states):
+            found[f"{n}/steps"] = torch.tensor(state.iter)
+            found |= {f"{n}/{kind}/{bucket}": t for kind in _KEPT for bucket, t in getattr(state, kind).items()}
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of `tensors`, in the same layout of processes."""
+        for name, t in tensors.items():
+            n, kind, *bucket = name.split("/")
+            state = self._power_states[int(n)]
+            if kind == "steps":
+                state.iter = int(t)
+            else:
+                getattr(state, kind)[int(bucket[0])] = t.to(device)
 
     def own_squares(self) -> Tensor | None:
         """Sum of squares of this process's gradient before it met the others' (since the last call), if ``measure``."""

@@ -98,8 +98,15 @@ class Console:
         if name not in self._files:  # opened with its first line, so that a calm run has no empty files
             self._files[name] = (self.run / f"{name}.jsonl").open("a", encoding="utf8")
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._files[name].write(json.dumps(plain) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps(plain) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            path, why = (
+                self.run / f"{name}.jsonl",
+                f"{error.strerror}; the last checkpoint stands, continue with --resume",
+            )
+            raise OSError(error.errno, why, str(path)) from None
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
         self.write("metrics", {"step": step, **values})

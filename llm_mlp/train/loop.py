@@ -116,7 +116,7 @@ def train(
 
     Raises:
         ConfigError, DataError, CheckpointError: what is asked for cannot be done.
-        TrainingError: a NaN or infinite loss or gradient under ``on_nan: stop``.
+        TrainingError: a NaN or infinite loss or gradient under ``on_nan: stop``; memory that does not suffice.
         RankError: another process of the run failed or died.
     """
     if resume and init_from:
@@ -125,8 +125,14 @@ def train(
         raise ConfigError(f"--stop-after {stop_after}: expected a step from 1 to steps = {config.steps}")
     with open_world(config) as world, _deterministic(config.deterministic):
         _check(config, world)
-        run = _Run(config, world, resume, init_from, quiet, stop_after, on_step)
-        return run.go()
+        try:
+            return _Run(config, world, resume, init_from, quiet, stop_after, on_step).go()
+        except torch.OutOfMemoryError as error:  # those of a forward and backward pass are told where they happen
+            raise TrainingError(
+                f"rank {world.rank} ran out of memory beside the forward and backward passes ({_first_line(error)}): "
+                "model, optimizer or evaluation do not fit. The last checkpoint stands; set optimizer.state: 8bit, "
+                "a smaller model or micro_batch, or share the weights out with parallel.data: fsdp"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -247,7 +253,9 @@ class _Run:
         self.guard = Guard(config.control.spikes == "skip", config.control.spike_sigma)
         momentum = config.optimizer.momentum if config.optimizer.name == "muon" else config.optimizer.betas[0]
         self.controllers = make_controllers(config.control, momentum=momentum, batch_size=config.batch_size)
-        self.parts = snapshot.Parts(self.model, self.optimizers, self.averages, world, self.cuts)
+        self.parts = snapshot.Parts(
+            self.model, self.optimizers, self.averages, world, self.cuts, self.wrapped.communication
+        )
         self.progress = snapshot.Progress(batch_size=config.batch_size)
         self.replay: Replay | None = None
         if resume:
@@ -587,6 +595,10 @@ class _Run:
         self._best = False
         if self.world.main:
             self.gradients.fitted(progress.step)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _due(every: int, step: int) -> bool:

@@ -317,6 +317,7 @@ class Wrapped:
             return module
         # No device_ids: what goes in lies where it should (cu_seqlens on the CPU), and stays there.
         parallel = DistributedDataParallel(module, process_group=world.copies_group)
+        _settle(parallel)
         self.communication.register(parallel, world.config)
         return parallel
 
@@ -343,6 +344,16 @@ class Wrapped:
         for module in self.call.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _settle(parallel: DistributedDataParallel) -> None:
+    """Let DDP lay its buckets out now, as it does anew after a first backward pass: a resumed run would sum its first
+    step's gradients in another order than the uninterrupted one."""
+    parameters = list(parallel.parameters())
+    parallel.reducer.prepare_for_backward([])
+    torch.stack([p.reshape(-1)[0] * 0 for p in parameters]).sum().backward()
+    parallel.reducer._rebuild_buckets()
+    parallel.zero_grad(set_to_none=True)
 
 
 def shard(model: nn.Module, world: World) -> None:

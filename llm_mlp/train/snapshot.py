@@ -1,10 +1,11 @@
 """Checkpoints of a run: saved atomically, the last k and the best kept, resumed exactly.
 
 A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
-keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config). A run
+keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config, which
+launches of the kernels were chosen). A run
 whose weights are spread over processes writes ``shards/`` instead: safetensors by torch's distributed checkpointing,
 which any number of processes can read. Parts of layers are stored as rows of whole parameters, shared out anew among
-the processes. Nothing is pickled.
+the processes. What PowerSGD owes each process's gradients stands in a file of the process. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from llm_mlp.checkpoint import (
 from llm_mlp.config import ConfigError, TrainConfig, build, diff
 from llm_mlp.data.tokenizer import Tokenizer
 from llm_mlp.models import LM
+from llm_mlp.ops import tune
 from llm_mlp.train.average import Averages
+from llm_mlp.train.compress import Communication
 from llm_mlp.train.optim import empty_state, load_optimizer_tensors, optimizer_tensors
 from llm_mlp.train.parallel import World, whole
 from llm_mlp.train.pipeline import collected, elsewhere
@@ -89,6 +92,7 @@ class Parts:
     averages: Averages
     world: World
     cuts: Cuts
+    communication: Communication
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -125,6 +129,8 @@ def save(
         "average": {"updates": parts.averages.updates, "points": len(parts.averages.points)},
         "world_size": world.size,
         "sharded": sharded,
+        "buffers": _has_buffers(config, world),
+        "kernels": tune.choices(),
         "config": config.model_dump(mode="json"),
     }
 
@@ -136,8 +142,15 @@ def save(
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "training.safetensors")
         write_json(temporary / "training.json", facts)
 
-    if sharded:
-        _together(folder, fill, parts)
+    def write_own(temporary: Path) -> None:
+        if sharded:
+            _write_shards(temporary, parts)
+        if facts["buffers"]:
+            own = {name: t.contiguous().cpu() for name, t in parts.communication.tensors().items()}
+            save_file(own, temporary / _buffers_of(world.rank))
+
+    if sharded or facts["buffers"]:
+        _together(folder, fill, write_own, world)
     else:
         _alone(world, lambda: write_folder(folder, fill), folder)
     if world.main:
@@ -156,31 +169,49 @@ def _alone(world: World, write: Any, folder: Path) -> None:
     world.agree(error, f"saving {folder}")
 
 
-def _together(folder: Path, fill: Any, parts: Parts) -> None:
-    """The main process makes the folder and fills it, all write their shards into it, then it gets its name."""
-    world = parts.world
+def _has_buffers(config: TrainConfig, world: World) -> bool:
+    """Whether processes keep what the compression of their gradients owes them."""
+    return config.parallel.compress == "powersgd" and world.copies > 1
+
+
+def _buffers_of(rank: int) -> str:
+    return f"powersgd-{rank:05d}.safetensors"
+
+
+def _together(folder: Path, fill: Any, write_own: Any, world: World) -> None:
+    """The main process makes the folder and fills it, all write what is theirs into it, then it gets its name."""
     error: BaseException | None = None
     if world.main:
-        told = False
+        told = all_there = False
 
         def whole_fill(temporary: Path) -> None:
-            nonlocal told
+            nonlocal told, all_there
             fill(temporary)
             told = True
             world.gather(str(temporary))
-            _write_shards(temporary, parts)
+            _write_own(write_own, temporary, folder, world)
+            all_there = True
 
         try:
             write_folder(folder, whole_fill)
-        except (CheckpointError, dcp.CheckpointException) as caught:
+        except CheckpointError as caught:
+            if told and not all_there:
+                raise  # as it is on every process
             error = caught
         if not told:
             world.gather("")
     elif temporary := world.gather("")[0]:
-        try:
-            _write_shards(Path(temporary), parts)
-        except (OSError, dcp.CheckpointException, SafetensorError) as caught:
-            error = CheckpointError(f"{folder}: could not be saved ({_short(caught)}); earlier checkpoints stand")
+        _write_own(write_own, Path(temporary), folder, world)
+    world.agree(error, f"saving {folder}")
+
+
+def _write_own(write: Any, temporary: Path, folder: Path, world: World) -> None:
+    """This process's part of a checkpoint, and wait for those of the others."""
+    error = None
+    try:
+        write(temporary)
+    except (OSError, dcp.CheckpointException, SafetensorError, CheckpointError) as caught:
+        error = CheckpointError(f"{folder}: could not be saved ({_short(caught)}); earlier checkpoints stand")
     world.agree(error, f"saving {folder}")
 
 
@@ -278,6 +309,7 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
     """
     facts = read_json(folder / "training.json")
     check_same_run(read_train_config(folder), config, folder)
+    tune.go_by(facts.get("kernels", {}))
     missing = {"step", "loader", "best_loss", "skipped", "scaler"} - facts.keys()
     if missing:
         raise CheckpointError(f"{folder / 'training.json'}: no {', '.join(sorted(missing))}; the file was edited")
@@ -305,8 +337,8 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         per = len(next(iter(kinds["carried"].values()))) // world.data_size
         rows = slice(world.data_rank * per, (world.data_rank + 1) * per)
     layers = {number for number, _ in parts.model.blocks.named_children()}
-    if facts.get("world_size", 1) != world.size and config.parallel.compress == "powersgd":
-        log.info("PowerSGD starts with empty error buffers: they belonged to %d processes", facts.get("world_size", 1))
+    if config.parallel.compress == "powersgd":
+        _load_buffers(folder, facts, config, parts)
     best = facts["best_loss"]
     return Progress(
         step=facts["step"],
@@ -321,6 +353,22 @@ def restore(folder: Path, config: TrainConfig, parts: Parts) -> Progress:
         world_size=facts.get("world_size", 1),
         carried={name: t[rows].to(device) for name, t in kinds["carried"].items() if name.split(".")[1] in layers},
     )
+
+
+def _load_buffers(folder: Path, facts: dict[str, Any], config: TrainConfig, parts: Parts) -> None:
+    """PowerSGD goes on with its buffers where each process has the same gradients as before, else with empty ones."""
+    world, before = parts.world, facts.get("world_size", 1)
+    changed = [
+        line for line in diff(read_train_config(folder).parallel, config.parallel) if not line.startswith("timeout:")
+    ]
+    if before != world.size:
+        changed = [f"they belonged to {before} processes"]
+    elif not facts.get("buffers"):
+        changed = ["none were saved"]
+    if changed:
+        log.info("PowerSGD starts with empty error buffers: %s", "; ".join(changed))
+        return
+    parts.communication.load_tensors(read_tensors(folder / _buffers_of(world.rank)), world.device)
 
 
 def _load_averages(parts: Parts, tensors: dict[str, Tensor], points: int) -> None:

@@ -45,7 +45,7 @@ CHECKED = [  # every op with kernels, at small sizes
 def asked(monkeypatch, tmp_path):
     """The launches that are checked; those in ``wrong`` fail."""
     monkeypatch.setenv("LLM_MLP_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "_known", {})
+    again(monkeypatch)
     seen: list[int] = []
     wrong: set[int] = set()
 
@@ -62,6 +62,7 @@ def asked(monkeypatch, tmp_path):
 def again(monkeypatch):
     """As a new process would find it."""
     monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(tune, "_rows", {})
 
 
 def test_what_passed_is_remembered(asked, monkeypatch, caplog):
@@ -96,6 +97,23 @@ def test_wrong_kernels_are_not_trusted_and_it_is_said(asked, monkeypatch, caplog
     assert "the kernels are wrong here for F = 16, m = 2, V = 16" in caplog.text
     again(monkeypatch)
     assert tune.untrusted("perceive", SIZES, "cpu") == reason
+
+
+def test_choices_go_with_a_run_to_another_cache(asked, monkeypatch, tmp_path):
+    """Through JSON, as in a checkpoint; but only launches that there are here."""
+    seen, wrong = asked
+    wrong.update((0, 1))
+    assert tune.untrusted("perceive", SIZES, "cpu") is None
+    rows = json.loads(json.dumps(tune.choices()))
+    wrong.clear()
+    monkeypatch.setenv("LLM_MLP_CACHE", str(tmp_path / "elsewhere"))
+    again(monkeypatch)
+    tune.go_by(rows)
+    assert tune.untrusted("perceive", SIZES, "cpu") is None and seen == [0, 1, 2]
+    assert tune.plan("perceive", SIZES) == tune.Plan(1, "/new/ptxas") and tune.choices() == rows
+    again(monkeypatch)
+    tune.go_by({key: row | {"plan": [1, "/somebody/elses/ptxas"]} for key, row in rows.items()})
+    assert tune.untrusted("perceive", SIZES, "cpu") is None and seen == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"perceive'])

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_cases import LARGER, run
 
 from llm_mlp.checkpoint import CheckpointError, load_model, read_tensors
 from llm_mlp.config import ConfigError
+from llm_mlp.ops import tune
 from llm_mlp.train import TrainingError, loop, snapshot
 from llm_mlp.train.console import read_metrics
 from llm_mlp.train.gradients import Gradients
@@ -44,7 +46,12 @@ def test_learns_and_leaves_a_complete_run(tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= lines[0].keys()
     assert lines[-1]["bits_per_byte"] == result.bits_per_byte
-    assert list((tmp_path / "run/tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines if "loss" in line
+    ]
+    shown = {"lr", "grad_norm", "tokens_per_second", "sample", "bits_per_byte", "heads/half_life/layer0"}
+    assert shown <= set(board.Tags()["scalars"])
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,43 @@ def test_fp16_scale_starts_at_2_to_16_and_falls_on_overflow(tmp_path):
     assert 0 < facts["scaler"]["scale"] <= 2.0**16
 
 
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_memory_that_ends_beside_the_passes_is_an_error_with_advice(tmp_path, monkeypatch, where):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+
+    monkeypatch.setattr(*((torch.optim.AdamW, "step") if where == "step" else (loop._Run, "_score")), out_of_memory)
+    says = r"rank 0 ran out of memory beside .* \(CUDA out of memory. Tried to allocate 1 GiB\).*optimizer.state: 8bit"
+    with pytest.raises(TrainingError, match=says):
+        run(tmp_path, "evaluation.every=2", "optimizer.name=adamw")
+
+
+def test_a_disk_too_full_for_metrics_says_so_and_the_run_is_resumed(tmp_path, monkeypatch):
+    whole = run(tmp_path, out="whole")
+    real = loop.Console.step
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    def step(self, number, place, values):
+        if number == 4:
+            self._files["metrics"] = Full(self._files["metrics"])
+        real(self, number, place, values)
+
+    monkeypatch.setattr(loop.Console, "step", step)
+    with pytest.raises(OSError, match=r"No space left on device; the last checkpoint stands.*metrics\.jsonl"):
+        run(tmp_path, "checkpoint.every=2")
+    monkeypatch.undo()
+    assert run(tmp_path, "checkpoint.every=2", resume=True).curve == whole.curve[2:]
+
+
 def test_resuming_with_another_config_says_what_differs(tmp_path):
     run(tmp_path, stop_after=2)
     with pytest.raises(CheckpointError, match=r"optimizer\.lr: 0\.01 -> 0\.02; steps: 6 -> 7.*--init-from"):
@@ -281,6 +325,16 @@ def test_resuming_a_finished_run(tmp_path):
     assert again.tokens == 0 and again.steps == 3 and not again.interrupted
     assert again.bits_per_byte == first.bits_per_byte and again.evaluations == first.evaluations
     load_model(tmp_path / "run")
+
+
+def test_the_kernels_choices_are_those_of_the_checkpoint(tmp_path, monkeypatch):
+    """Where a cache has other ones, or none."""
+    chosen = {"perceive on some device": {"plan": [0, ""], "failures": [], "slots": 0, "differing": 0}}
+    monkeypatch.setattr(tune, "_rows", dict(chosen))
+    run(tmp_path, stop_after=2)
+    monkeypatch.setattr(tune, "_rows", {})
+    run(tmp_path, resume=True)
+    assert tune.choices() == chosen
 
 
 def test_steps_that_are_repeated_are_recorded_once(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from llm_mlp.cli import app
-from llm_mlp.config import ModelConfig, OptimizerConfig, ParallelConfig, RoutingConfig, build
+from llm_mlp.config import ModelConfig, ModulePrecisionConfig, OptimizerConfig, ParallelConfig, RoutingConfig, build
 from llm_mlp.data import Batch
 from llm_mlp.models import build_model, model_cost
 from llm_mlp.models.lm import LM, Block
@@ -21,6 +22,7 @@ from llm_mlp.ops.backend import assuming
 from llm_mlp.precision import Precision
 from llm_mlp.train import optim
 from llm_mlp.train.context import SplitSequence
+from llm_mlp.train.float8 import use_float8
 from llm_mlp.train.optim import make_optimizers
 from llm_mlp.train.parallel import World
 from llm_mlp.train.pipeline import Stage, cut, layers_of
@@ -148,15 +150,18 @@ def test_muon_in_parts_changes_the_same(monkeypatch):
 # -- what a micro-batch makes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("modules", [{}, {"mixer": "bf16"}, {"ffn": "bf16"}], ids=str)
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_saved_bytes_are_those_of_a_real_run(layer):
+def test_saved_bytes_are_those_of_a_real_run(layer, modules):
     B, T = 2, 320
     block = Block(HYBRID, layer)
     block.init_weights()
+    parts = ModulePrecisionConfig(**modules)
+    Precision("fp32", torch.device("cpu"), parts).apply(SimpleNamespace(blocks=[block]))
     x = torch.randn(B, T, HYBRID.d_model, requires_grad=True)
     earlier = [torch.zeros_like(x).requires_grad_() for _ in range(layer)] if block.routing is not None else []
     real = saved_bytes(lambda: block(x, earlier, None, None), [x, *earlier, *block.parameters()])
-    assert block_trace(HYBRID, layer, B, T, False).saved == real
+    assert block_trace(HYBRID, layer, B, T, False, modules=parts).saved == real
 
 
 def test_saved_bytes_of_the_kernels_are_those_of_a_real_run():
@@ -190,15 +195,29 @@ def as_on_cuda(forward):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("preset", "routed"), [("demo", 0), ("demo", 2), pytest.param("30m", 0, marks=pytest.mark.slow)]
+    ("preset", "routed", "modules"),
+    [
+        ("demo", 0, {}),
+        ("demo", 2, {}),
+        ("demo", 0, {"mixer": "fp32"}),
+        ("demo", 0, {"ffn": "fp8", "head": "fp32"}),
+        ("demo-transformer", 0, {}),
+        pytest.param("30m", 0, {}, marks=pytest.mark.slow),
+        # Whose keys and values make the peak under "full".
+        pytest.param("30m-transformer", 0, {}, marks=pytest.mark.slow),
+    ],
 )
-def test_layers_add_up_to_the_model(mode, preset, routed):
+def test_layers_add_up_to_the_model(mode, preset, routed, modules):
     """A whole model's forward and backward pass, followed at once, peaks where the sum over its layers does."""
     config = build(ModelConfig, {"preset": preset, "routing": {"last_layers": routed}})
     B, T = 8, 1024
-    job = Job(config, GPUS["h100"], 1, T, B, "adamw")
+    parts = ModulePrecisionConfig(**modules)
+    job = Job(config, GPUS["h100"], 1, T, B, "adamw", modules=parts)
     predicted = job.memory(Layout(1, 1, 1, 1, 0, B, mode))
     model = on_meta(config)
+    if parts.ffn == "fp8":
+        use_float8(model)
+    Precision("bf16", torch.device("cpu"), parts).apply(model)
     model.activation_checkpointing = mode
     with trace._fake(True):
         trace._with_fake_parameters(model)
@@ -212,7 +231,8 @@ def test_layers_add_up_to_the_model(mode, preset, routed):
             torch.autograd.backward((loss,))
             peak = live.peak
     held = predicted.weights + predicted.optimizer + WORKSPACE
-    assert predicted.peak - held == pytest.approx(peak, rel=0.01)
+    # With float8 under "full" the sum is 1.2 % below.
+    assert predicted.peak - held == pytest.approx(peak, rel=0.02 if parts.ffn == "fp8" else 0.01)
 
 
 def test_context_bytes_are_those_that_are_sent():
@@ -309,6 +329,7 @@ def run(*words):
         ["--preset", "30m", "--gpus", "16", "--gpu", "a100", "--seq", "8192", "--optimizer", "adamw"],
         ["--preset", "demo", "--gpu", "cpu", "--seq", "512", "--batch", "2048", "--tokens", "1e6"],
         ["--preset", "demo-transformer", "--gpus", "8", "--layout", "zero=2", "--checkpointing", "full"],
+        ["--preset", "demo", "--module-precision", "mixer=fp32,ffn=fp8"],
     ],
     ids=lambda words: " ".join(words[1:3]),
 )
@@ -357,6 +378,10 @@ def test_a_trillion_parameters_on_1024_gpus():
         (["--preset", "30m", "--optimizer", "sgd"], "expected muon or adamw"),
         (["--preset", "30m", "--optimizer-state", "4bit"], "--optimizer-state '4bit': expected same or 8bit"),
         (["--preset", "30m", "--gpus", "2", "--layout", "tp=2", "--optimizer-state", "8bit"], "that share a scale"),
+        (["--preset", "30m", "--module-precision", "mixer"], "expected for example mixer=fp32,ffn=fp8"),
+        (["--preset", "30m", "--module-precision", "mixer=fp8"], "mixer: Input should be 'same', 'fp32' or 'bf16'"),
+        (["--preset", "30m", "--module-precision", "ffm=fp8"], "ffm: unknown field; did you mean 'ffn'?"),
+        (["--preset", "30m", "--gpu", "cpu", "--module-precision", "ffn=fp8"], "ffn=fp8 needs a GPU"),
         (["--preset", "30m", "--checkpointing", "some"], "expected auto, none, selective, full"),
         (["--preset", "30m", "--layout", "pq=4"], "unknown name 'pq'; did you mean"),
         (["--preset", "30m", "--layout", "pp=x"], "pp needs a whole number"),
@@ -372,6 +397,14 @@ def test_what_cannot_be_planned_is_refused(words, said):
     result = run(*words)
     assert isinstance(result.exception, PlanError)
     assert said in str(result.exception)
+
+
+def test_parts_in_other_precisions_keep_other_bytes_and_the_plan_says_what_it_counts():
+    plain, wide = (make_plan("30m", checkpointing="none", module_precision=m) for m in ("", "mixer=fp32"))
+    activations = [found["memory"]["activations"] for found in (plain, wide)]
+    assert activations[1]["value"] > 1.2 * activations[0]["value"] and "bf16 but mixer=fp32" in activations[1]["source"]
+    assert "as if mixer=fp32 took no other time" in wide["seconds"]["rate"]["source"]
+    assert "as if" not in plain["seconds"]["rate"]["source"]
 
 
 def test_nothing_fits_says_what_the_nearest_need():

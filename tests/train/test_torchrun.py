@@ -61,6 +61,19 @@ def test_torchrun_is_asked_to_stop(tmp_path):
     assert step == last["step"] < 3000
 
 
+def test_what_goes_wrong_in_the_interpreters_end_fails_no_run_of_several_processes():
+    """As a thread of gloo's does that then lets go of its last tensor."""
+    program = "import atexit, os; atexit.register(os.abort); from llm_mlp.cli import main; main()"
+    for size, fails in (("1", True), ("2", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "config", "demo"],
+            env={**os.environ, "WORLD_SIZE": size},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode != 0) == fails and "batch_size:" in done.stdout
+
+
 def test_a_rendezvous_that_nobody_answers(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(dump(tiny(tmp_path, "parallel.timeout=3", "device=cpu")))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from llm_mlp.config import ModelConfig
+from llm_mlp.config import ModelConfig, ModulePrecisionConfig
 from llm_mlp.models import model_cost
 from llm_mlp.models.lm import Checkpointing
 from llm_mlp.models.routing import Routing
@@ -18,7 +18,7 @@ from llm_mlp.train.optim import AT_ONCE, NEWTON_SCHULZ_STEPS
 from llm_mlp.train.pipeline import layers_of
 from llm_mlp.train.plan.figures import COPY, GPU, H100_PEAK, LINK_SHARE, PRODUCT, USABLE, WORKSPACE, PlanError
 from llm_mlp.train.plan.figures import rate as measured_rate
-from llm_mlp.train.plan.trace import Weight, block_trace, loss_trace, step_bytes, weights_of
+from llm_mlp.train.plan.trace import SAME, Weight, block_trace, loss_trace, step_bytes, weights_of
 from llm_mlp.train.tensor import part_config
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -101,12 +101,22 @@ class Time:
 class Job:
     """A run to be planned: ``batch`` sequences of ``length`` tokens a step on ``gpus`` devices.
 
-    ``optimizer``, ``state``: as `OptimizerConfig.name` and `OptimizerConfig.state`.
+    ``optimizer``, ``state``: as `OptimizerConfig.name` and `OptimizerConfig.state`. ``modules``: as
+    `TrainConfig.module_precision`; it changes what layers keep, not the time that is reckoned.
     """
 
     def __init__(
-        self, config: ModelConfig, gpu: GPU, gpus: int, length: int, batch: int, optimizer: str, state: str = "same"
+        self,
+        config: ModelConfig,
+        gpu: GPU,
+        gpus: int,
+        length: int,
+        batch: int,
+        optimizer: str,
+        state: str = "same",
+        modules: ModulePrecisionConfig = SAME,
     ) -> None:
+        self.modules = modules
         self.config, self.gpu, self.gpus, self.length, self.batch = config, gpu, gpus, length, batch
         self.optimizer, self.state = optimizer, state
         self.on_gpu = gpu.name != "cpu"
@@ -201,8 +211,8 @@ class Job:
         gathered = self._gathered(layout)
         kinds = [i if Routing.routed(c, i) else i % len(c.pattern) for i in stage.layers]
         mode: Checkpointing = "selective" if layout.checkpointing == "selective" else "none"
-        traces = {i: block_trace(own, i, layout.micro, span, self.on_gpu, mode) for i in set(kinds)}
-        loss = loss_trace(own, layout.micro, span, self.on_gpu)
+        traces = {i: block_trace(own, i, layout.micro, span, self.on_gpu, mode, self.modules) for i in set(kinds)}
+        loss = loss_trace(own, layout.micro, span, self.on_gpu, self.modules)
         stream = 4 * layout.micro * span * c.d_model  # the residual stream, a layer's input
         crossed = layout.cp * sum(self.context_bytes(own, layout.micro)[0]) if layout.cp > 1 else 0
         kept = [traces[i].saved + crossed for i in kinds]
@@ -213,11 +223,11 @@ class Job:
         # Of the stage that keeps most: the first has most micro-batches under way, later ones are given more of each.
         flying = max(min(layout.pp - s, parts) * (every + more) for s, more in enumerate(entering))
         at_end = every + stream + entering[-1]  # of the last stage, whose only micro-batch reaches the loss
-        passing = sum(traces[i].state for i in kinds)  # which the caller has to the end of the forward pass
+        # The states, which the caller has to the end of the forward pass. With "full" no layer saves a part of them.
+        passing = sum(traces[i].whole_state if full else traces[i].state for i in kinds)
         working = max(t.forward - t.saved for t in traces.values())  # of a layer, forward
-        again = stream if mode == "selective" else 0  # the output, made again
         back = {
-            kind: max(t.forward + stream, t.backward) + crossed if full else t.backward - t.saved + again
+            kind: max(t.forward + stream, t.backward) + crossed if full else t.backward - t.saved
             for kind, t in traces.items()
         }
         before = gradients if parts > 1 else 0  # from earlier micro-batches

@@ -6,6 +6,7 @@ import difflib
 import math
 from typing import Any
 
+from llm_mlp.config import ConfigError, ModulePrecisionConfig, build
 from llm_mlp.models.lm import Checkpointing
 from llm_mlp.train.plan.figures import (
     LINK_SHARE,
@@ -46,6 +47,7 @@ def make_plan(
     checkpointing: str = "auto",
     optimizer: str = "muon",
     optimizer_state: str = "same",
+    module_precision: str = "",
 ) -> dict[str, Any]:
     """What training needs, in the fastest layout that fits.
 
@@ -55,6 +57,7 @@ def make_plan(
             ``length``; None: 2^19 for a model of 1e9 parameters, growing as their root, a power of two of sequences.
         layout: fixes some numbers, for example ``pp=4,tp=8``. checkpointing: ``auto | none | selective | full``.
         optimizer: ``muon | adamw``. optimizer_state: ``same | 8bit``.
+        module_precision: parts that a run computes otherwise than in bf16, for example ``mixer=fp32,ffn=fp8``.
 
     Returns:
         ``model, layout, memory, link_bytes, flops, seconds, efficiency, bubble, cost, energy``: each a number
@@ -77,7 +80,8 @@ def make_plan(
     if optimizer_state not in ("same", "8bit"):
         raise PlanError(f"--optimizer-state {optimizer_state!r}: expected same or 8bit")
     sequences, batch_source = _batch(batch, length, Job(config, device, gpus, length, 1, optimizer).parameters)
-    job = Job(config, device, gpus, length, sequences, optimizer, optimizer_state)
+    modules = _modules(module_precision, device.name)
+    job = Job(config, device, gpus, length, sequences, optimizer, optimizer_state, modules)
     if tokens is not None and not (math.isfinite(tokens) and tokens >= 1):
         raise PlanError(f"--tokens {tokens:g}: expected the tokens of the run, for example 1e9")
     total = tokens or TOKENS_PER_PARAMETER * job.parameters
@@ -92,10 +96,13 @@ def make_plan(
     run = steps * time.step
     hours = run * gpus / 3600
     engine = _engine(chosen)
+    if module_precision:
+        job.rate_source += f"; as if {module_precision} took no other time and sent nothing else"
     of_step = f"computed: compute at the rate ({job.rate_source}), exchanges at {LINK_SHARE} of the rates {STATED}"
     followed = (
         "computed: storages followed on fake tensors of one layer of each kind, eager, "
-        f"{'bf16, with the Triton kernels' if job.on_gpu else 'fp32, with the chunked torch path'}, times the layers"
+        f"{'bf16' if job.on_gpu else 'fp32'}{' but ' * bool(module_precision)}{module_precision}, with the "
+        f"{'Triton kernels' if job.on_gpu else 'chunked torch path'}, times the layers"
     )
     in_bits = ", in 8 bits" if optimizer_state == "8bit" else ""
     built = "computed: the model built on the meta device, sharded by fully_shard over a fake process group"
@@ -178,6 +185,17 @@ def _batch(batch: float | None, length: int, parameters: int) -> tuple[int, str]
         near = max(1, round(batch / length)) * length if math.isfinite(batch) else length
         raise PlanError(f"--batch {batch:g} tokens are not whole sequences of --seq {length}; the nearest is {near}")
     return int(batch // length), "assumed: as given by --batch"
+
+
+def _modules(text: str, gpu: str) -> ModulePrecisionConfig:
+    try:
+        found = build(ModulePrecisionConfig, dict(item.split("=") for item in filter(None, text.split(","))))
+    except ValueError as error:  # also of a part without a precision
+        said = f" ({error})" if isinstance(error, ConfigError) else ""
+        raise PlanError(f"--module-precision {text!r}: expected for example mixer=fp32,ffn=fp8{said}") from None
+    if gpu == "cpu" and found.ffn == "fp8":
+        raise PlanError("--module-precision ffn=fp8 needs a GPU")
+    return found
 
 
 def _wanted(text: str) -> dict[str, int]:

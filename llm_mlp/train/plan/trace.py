@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,16 +27,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from llm_mlp.config import ModelConfig, OptimizerConfig, ParallelConfig
+from llm_mlp.config import ModelConfig, ModulePrecisionConfig, OptimizerConfig, ParallelConfig
 from llm_mlp.models.lm import LM, Block, Checkpointing, selective
 from llm_mlp.models.mixer import rms_norm
 from llm_mlp.ops import linear_cross_entropy
 from llm_mlp.ops.backend import assuming
+from llm_mlp.precision import Precision
 from llm_mlp.train.eight_bit import AdamW8bit, block_of
+from llm_mlp.train.float8 import use_float8
 from llm_mlp.train.optim import AT_ONCE, Muon, empty_state, make_optimizers, matrices_of
 from llm_mlp.train.parallel import World, shard
 from llm_mlp.train.plan.figures import PlanError
 
+SAME = ModulePrecisionConfig()
 ROUND = 512  # bytes that CUDA's allocator deals in
 
 
@@ -44,7 +48,8 @@ class Trace:
     """Bytes of one part of a model, reading one micro-batch; without its parameters and its input."""
 
     saved: int  # what autograd keeps for the backward pass
-    state: int  # what the part returns beside its output: the state after the last token
+    state: int  # of the state after the last token, which the part returns, what is not saved as well
+    whole_state: int
     forward: int  # most alive in the forward pass, the saved included
     backward: int  # most alive in the backward pass, the saved and all gradients included
     output: int
@@ -174,26 +179,39 @@ def _follow(
             cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if on_gpu else contextlib.nullcontext()
             with _saving(known) as saved, cast:
                 y, kept = run(*read)
-            forward = live.peak
-            others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
-            state = sum(size for key, size in others.items() if key not in saved)
-            own = sum(saved.values())
-            saved.clear()
-            if (
-                not own
-            ):  # checkpointing has hooks of its own, and keeps what it keeps: all that is alive but what came out
-                own = live.now - y.nbytes - state
+            forward, alive = live.peak, live.now
+            states = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(kept)}
+            own, whole_state = sum(saved.values()), sum(states.values())
+            state = sum(size for key, size in states.items() if key not in saved)
             output, grad = y.nbytes, torch.empty_like(y)
             edge = torch.autograd.graph.get_gradient_edge(y)
             del y, kept
+            if not own:  # checkpointing has hooks of its own, and keeps what it keeps: all that is alive now
+                own = live.now - output  # its gradient's size
+                state = alive - output - own
             live.peak = live.now
             torch.autograd.backward((edge,), (grad,))
-            return Trace(own, state, forward, live.peak, output)
+            return Trace(own, state, whole_state, forward, live.peak, output)
+
+
+def _in_precision(modules: ModulePrecisionConfig, on_gpu: bool, blocks: Sequence[nn.Module], loss: Any = None) -> Any:
+    """Let blocks compute in the precisions that a run's `module_precision` gives their parts; the loss in its own."""
+    part: Any = SimpleNamespace(blocks=blocks, head_loss=loss)  # what is asked of a model
+    if modules.ffn == "fp8":
+        use_float8(part)
+    Precision("bf16" if on_gpu else "fp32", torch.device("cpu"), modules).apply(part)
+    return part.head_loss
 
 
 @cache
 def block_trace(
-    config: ModelConfig, layer: int, sequences: int, length: int, on_gpu: bool, mode: Checkpointing = "none"
+    config: ModelConfig,
+    layer: int,
+    sequences: int,
+    length: int,
+    on_gpu: bool,
+    mode: Checkpointing = "none",
+    modules: ModulePrecisionConfig = SAME,
 ) -> Trace:
     """A layer of ``config`` reading ``sequences`` of ``length`` tokens; its input is the residual stream in fp32 (with
     routing: also that of all layers before, which is kept as theirs; its gradients count here).
@@ -202,6 +220,7 @@ def block_trace(
     """
     with torch.device("meta"):
         block = Block(config, layer)
+    _in_precision(modules, on_gpu, [block])
 
     def run(x: Tensor, *others: Tensor) -> tuple[Tensor, Any]:
         earlier = list(others) if block.routing is not None else None
@@ -216,15 +235,21 @@ def block_trace(
 
 
 @cache
-def loss_trace(config: ModelConfig, sequences: int, length: int, on_gpu: bool) -> Trace:
+def loss_trace(
+    config: ModelConfig, sequences: int, length: int, on_gpu: bool, modules: ModulePrecisionConfig = SAME
+) -> Trace:
     """The last norm, the head and the loss."""
     with torch.device("meta"):
         head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
+    def summed(x: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(x, head.weight, targets, cap=config.logit_cap, reduction="sum")
+
+    loss = _in_precision(modules, on_gpu, [], summed)
+
     def run(x: Tensor) -> tuple[Tensor, Any]:
         targets = torch.empty((sequences, length), dtype=torch.int64)
-        normed = rms_norm(x, config.norm_eps)
-        return linear_cross_entropy(normed, head.weight, targets, cap=config.logit_cap, reduction="sum"), []
+        return loss(rms_norm(x, config.norm_eps), targets), []
 
     return _follow(head, (sequences, length, config.d_model), run, on_gpu)
 
