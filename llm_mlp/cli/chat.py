@@ -144,7 +144,7 @@ def chat(
 
     try:
         from llm_mlp.data.chat import ChatError, ChatTemplate
-        from llm_mlp.serve.talk import Talk
+        from llm_mlp.serve.talk import Talk, TalkError
     except ImportError as error:
         raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)
@@ -166,7 +166,7 @@ def chat(
                 session.run(line)
             elif line:
                 session.say(line, **how)
-        except (ContextError, ChatError) as error:
+        except (ContextError, ChatError, TalkError) as error:
             _note(f"error: {error}")
         except KeyboardInterrupt:
             _note("\n(stopped)")

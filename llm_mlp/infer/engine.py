@@ -90,7 +90,7 @@ class Event(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their log probabilities
     finish: Finish | None = None
     final: Start | None = None
-    error: str = ""
+    error: str = ""  # why it ended so; beside another end than "error": the text is whole, its state is lost
     joules: float | None = None  # at the end: its share of the device's; None: unavailable, or too little to be told
 
 
@@ -339,7 +339,7 @@ class Engine:
             for held in (self._waiting, self._reading, self._running, self._calls):
                 held.clear()
         for ticket in tickets:
-            self._finish(ticket, "error", error=str(self.stopped()))
+            self._finish(ticket, ticket.closing or "error", error=str(self.stopped()))
         for _, future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self.stopped())
@@ -417,7 +417,7 @@ class Engine:
 
     def _fail(self, tickets: list[Ticket], error: Exception) -> None:
         for ticket in tickets:
-            self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+            self._leave(ticket, ticket.closing or "error", error=f"{type(error).__name__}: {error}")
 
     def _begin(self, ticket: Ticket) -> State:
         """The state before a ticket's next piece."""

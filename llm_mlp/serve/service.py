@@ -112,6 +112,7 @@ class Piece:
     finish: str | None = None
     read: int = 0
     final: Start | None = None
+    lost: Exception | None = None  # why a text that is whole has no ``final``
     transition: State | None = None  # of the text behind ``final``, where it was asked for
     joules: float | None = None  # of what ended with it
 
@@ -496,9 +497,9 @@ class Service:
                         index, event = await queue.get()
                 except TimeoutError:
                     raise self.late() from None
-                if event.error and not texts[index].stopped:  # an answer that a stop text has ended is whole
-                    raise self._failure(event.error)
                 now, text = loop.time(), texts[index]
+                if event.finish == "error" and not text.stopped:  # an answer that a stop text has ended is whole
+                    raise self._failure(event.error)
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
                 piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final, joules=event.joules)
@@ -517,6 +518,7 @@ class Service:
                     piece.finish, piece.final = "stop" if event.finish is not None else None, None
                 elif event.finish is not None:
                     piece.text = text.finish()
+                    piece.lost = self._failure(event.error) if event.error else None
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece

@@ -320,6 +320,28 @@ def test_a_failed_engine_tells_everybody_at_once(monkeypatch):
             again()
 
 
+@pytest.mark.parametrize("whole_engine", [False, True])
+def test_a_text_that_is_whole_is_told_where_the_step_behind_it_fails(whole_engine, monkeypatch):
+    """A step that only completes a state to be kept costs that state alone; one that has to write more ends as an
+    error."""
+    model = random_model("plain")
+    engine, kept, longer = Engine(model, slots=2), Listener(), Listener()
+    engine.submit(Request([1], 3, GREEDY, keep=True), kept)
+    engine.submit(Request([1], 9, GREEDY), longer)
+    while len(kept.tokens) < 3:
+        engine.step()
+    monkeypatch.setattr(engine, "_read_some" if whole_engine else "_decode", lambda: 1 / 0)
+    if whole_engine:
+        with pytest.raises(ZeroDivisionError):
+            engine.run()
+    else:
+        engine.step()
+    last = kept.events[-1]
+    assert kept.finish == "length" and last.final is None and "ZeroDivisionError" in last.error
+    assert longer.finish == "error" and "ZeroDivisionError" in longer.events[-1].error
+    assert kept.tokens == list(generate(model, [1], max_tokens=3, sampling=GREEDY)) and engine.load["free"] == 2
+
+
 def test_the_queue_is_bounded_and_closing_drains():
     engine, found = Engine(random_model("plain"), slots=1, queue=1), Listener()
     engine.submit(Request([1], 4, GREEDY), found)

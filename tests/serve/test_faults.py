@@ -74,7 +74,12 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
 )
 @pytest.mark.parametrize(
     ("how", "code", "says"),
-    [("disk", None, "No space left"), ("queue", "queue_full", "busy"), ("error", None, "its log has it")],
+    [
+        ("disk", None, "No space left"),
+        ("queue", "queue_full", "busy"),
+        ("error", None, "its log has it"),
+        ("step", None, "the engine failed: ZeroDivisionError"),
+    ],
 )
 def test_an_answer_that_cannot_be_saved_is_told_whole(
     served, monkeypatch, caplog, path, asked, stream, how, code, says
@@ -110,11 +115,20 @@ def test_an_answer_that_cannot_be_saved_is_told_whole(
             raise Full("others wait")
         return submit(request, emit)
 
+    decode = service.engine._decode
+
+    def last_fails():
+        if any(ticket.closing for ticket in service.engine._running):
+            raise ZeroDivisionError("injected")
+        decode()
+
     with monkeypatch.context() as patch:
         if how == "disk":
             patch.setattr(files, "save_file", full)
         elif how == "queue":
             patch.setattr(service.engine, "submit", busy)
+        elif how == "step":
+            patch.setattr(service.engine, "_decode", last_fails)
         else:
             patch.setattr(service.reader, "wrap", lambda *_: 1 / 0)
         found = ask(save_context="book", **more)
@@ -122,7 +136,7 @@ def test_an_answer_that_cannot_be_saved_is_told_whole(
     error = found[3]["context_error"]
     assert says in error["message"] and error["code"] == code and str(folder) not in error["message"]
     assert error["param"] == "save_context" and found[3]["context"] is None
-    assert [r for r in caplog.records if r.exc_info] == [] or how == "error"
+    assert [r for r in caplog.records if r.exc_info] == [] or how in ("error", "step")
     assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
     saved = ask(save_context="book", **more)
     assert saved[:3] == want[:3] and saved[3]["context"]["name"] == "book" and saved[3]["context_error"] is None

@@ -24,7 +24,7 @@ from llm_mlp.context import Reader, Store
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.infer import Sampling
 from llm_mlp.serve.service import Text
-from llm_mlp.serve.talk import Talk
+from llm_mlp.serve.talk import Talk, TalkError
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +208,31 @@ def test_talk_goes_on_from_its_state(model):
     assert "".join(other.say("on", 6, rule, None)) == second
     text = reader.tokenizer.decode(talk.context().tokens.tolist())
     assert text == f"user: The mill\nassistant: {first}\nuser: on\nassistant: {second}\n"
+
+
+def test_talk_keeps_an_answer_whose_state_was_lost_and_nothing_of_one_that_failed(model, monkeypatch):
+    reader, rule = Reader(*model), Sampling(0)
+    want, found = (Talk(reader, ChatTemplate(reader.tokenizer)) for _ in range(2))
+    texts = ["".join(want.say(text, 6, rule, None)) for text in ("The mill", "on")]
+    engine = found._engine
+    decode = engine._decode
+
+    def last_fails():
+        if any(ticket.closing for ticket in engine._running):
+            raise ZeroDivisionError("injected")
+        decode()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_decode", last_fails)
+        assert "".join(found.say("The mill", 6, rule, None)) == texts[0]  # its state is read instead
+        patch.setattr(engine, "_decode", lambda: 1 / 0)
+        with pytest.raises(TalkError, match="ZeroDivisionError: division by zero"):
+            list(found.say("no", 6, rule, None))
+        patch.setattr(engine, "_read", lambda group: 1 / 0)
+        with pytest.raises(TalkError, match="ZeroDivisionError: division by zero"):
+            list(found.say("no", 6, rule, None))
+    assert "".join(found.say("on", 6, rule, None)) == texts[1]
+    assert torch.equal(found.context().tokens, want.context().tokens)
 
 
 # -- the text of an answer -----------------------------------------------------------------------------------------
