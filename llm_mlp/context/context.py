@@ -260,12 +260,24 @@ class Reader:
             for mixer in mixers:
                 mixer.observer = None
 
-    def wrap(self, end: Start, parent: Context | None = None, transition: State | None = None) -> Context:
-        """The context of a text that was read elsewhere with this model; ``parent``: what it continues, or None;
-        ``transition``: what `observed` has seen of it."""
+    def wrap(
+        self,
+        end: Start,
+        parent: Context | None = None,
+        transition: State | None = None,
+        marks: Iterable[int] = (),
+    ) -> Context:
+        """The context of a text that was read elsewhere with this model.
+
+        Args:
+            parent: what it continues, or None. transition: what `observed` has seen of it. marks: numbers of tokens to
+                come back to, beside its end and the parent's; those within the parent's text do not count.
+        """
         tokens = torch.as_tensor(end.tokens).to(torch.int32).cpu()
-        marks = [*(parent.manifest.marks if parent else []), len(tokens)]
-        return self._made(tokens, dict(end.state), end.logits, parent, marks, transition)
+        before = len(parent.tokens) if parent else 0
+        own = sorted({len(tokens), *(n for n in marks if before < n < len(tokens))})
+        all_ = [*(parent.manifest.marks if parent else []), *own]
+        return self._made(tokens, dict(end.state), end.logits, parent, all_, transition)
 
     def composed(self, end: Start) -> Context:
         """The context that `llm_mlp.context.compose.composing` has come to."""

@@ -278,10 +278,12 @@ class Store:
         expires: timedelta | None = None,
         replace: bool = False,
         unfinished: bool = False,
+        versions: Sequence[str] = (),
     ) -> str:
         """Store a context, under a name if there is one; its id. When this returns it outlives a crash.
 
-        A name's next version has to continue its last one, unless ``replace``.
+        A name's next version has to continue its last one, unless ``replace``. ``versions``: ids of those that a new
+        name comes with, oldest first (`versions`).
 
         Raises:
             ContextError: a name that is taken or not allowed. StorageError: no room, or it could not be written.
@@ -295,7 +297,7 @@ class Store:
                 context.save(self._path(context.id))
             self._loaded.ram.put(self.folder, context.to("cpu"))
             if name is not None:
-                history = (*(before.history if before and not replace else ()),)
+                history = before.history if before and not replace else tuple(versions)
                 if not history or history[-1] != context.id:
                     history = (*history, context.id)
                 until = (datetime.now(UTC) + expires).isoformat() if expires is not None else None
@@ -312,6 +314,14 @@ class Store:
         entries, sound = self._scan()
         for id_ in ids - {i for e in entries for i in (e.id, *e.history)} if sound else ():
             self._delete(id_)
+
+    def versions(self, name: str, context: Context) -> tuple[str, ...]:
+        """Ids of the versions of a name up to the one that ``context`` is or continues, oldest first; none where there
+        is no such version, or no such name."""
+        entry = self.look(name)
+        history = () if entry is None else entry.history
+        at = next((history.index(id_) for id_ in (context.id, context.manifest.parent) if id_ in history), -1)
+        return history[: at + 1]
 
     def fork(self, name: str, new: str) -> Entry:
         """Another name for the same context: nothing is copied, both go their own way from here.

@@ -151,7 +151,7 @@ class Talk:
         """The conversation so far; None if nothing was read yet.
 
         It continues what it was stored as last (`keep`), or the context of id ``after`` if it has come through that
-        one: a name that means that one can then mean this one.
+        one: a name that means that one can then mean this one. The end of each exchange is a mark.
         """
         mark = self._marks[-1]
         if mark.start is None:
@@ -160,7 +160,8 @@ class Talk:
         parent = kept.get(after or "") or next(reversed(kept.values()), None)
         if parent is not None and any(parent is context for context in mark.kept):
             return parent  # nothing was said since
-        return self._reader.wrap(mark.start, parent)
+        ends = [len(each.start.tokens) for each in self._marks if each.start is not None]
+        return self._reader.wrap(mark.start, parent, marks=ends)
 
     def keep(self, context: Context) -> None:
         """The conversation so far was stored as this context."""

@@ -194,7 +194,22 @@ def test_chat_goes_on_from_contexts(folder, tmp_path):
     answers = again.splitlines()
     assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]  # the same words behind the same context
     now, b = store.entry("a"), store.get("b")
-    assert now == a and b.manifest.parent == a.id and len(store.entry("b").history) == 2
+    assert now == a and b.manifest.parent == a.id and store.entry("b").history == (*a.history, b.id)
+
+
+def test_a_conversation_can_be_taken_back_exchange_by_exchange_wherever_it_is_stored(folder, tmp_path, model):
+    """Saved or forked: each version's end and, without one, each exchange's is a mark of the context."""
+    store, reader = Store(tmp_path), Reader(*model)
+    chats(folder, tmp_path, ["The mill", "/save a", "on", "and on", "/save", "The wheel", "/fork b", "/save c"])
+    first, second = store.entry("a").history
+    forked = store.entry("b")
+    assert forked.history == (first, second, forked.id) and store.entry("c").history == forked.history
+    marks = store.get("b").manifest.marks
+    assert len(marks) == 4 and marks[0] == len(store._load(first).tokens)  # the second one was never stored
+    again = store.undo("b", reader, steps=2)
+    assert again.manifest.replayed and len(again.tokens) == marks[1]
+    assert torch.equal(again.tokens, store._load(second).tokens[: marks[1]])
+    assert store.undo("b", reader).id == first and store.entry("a").id == second
 
 
 def test_talk_goes_on_from_its_state(model):
