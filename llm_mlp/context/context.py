@@ -183,7 +183,7 @@ class Reader:
         if len(tokens) <= (0 if base is None else len(base.tokens)):
             raise ContextError("there is nothing to read: the text is empty")
         if begun is not None:
-            self.check_begun(begun, tokens, base, self.transitions if base is None else base.transition is not None)
+            self.check_begun(begun, tokens, base, self.keeps_transitions(base))
         context = base if begun is None else begun
         done = 0 if context is None else len(context.tokens)
         stride = -(-every // PREFILL) * PREFILL
@@ -192,6 +192,10 @@ class Reader:
             context = self._read(context, tokens[done:end], base, None, end == len(tokens))
             done = end
             yield context
+
+    def keeps_transitions(self, base: Context | None) -> bool:
+        """Whether what is read behind ``base``, or from nothing, keeps the map that its text is."""
+        return self.transitions if base is None else base.transition is not None
 
     def check_begun(self, begun: Context, tokens: Tensor, base: Context | None, transitions: bool) -> None:
         """Refuse an interrupted reading unless reading ``tokens`` behind ``base`` can go on from it.

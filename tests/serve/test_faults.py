@@ -18,6 +18,7 @@ from serve_cases import TEXT, serving, small_model
 from llm_mlp.context import format as files
 from llm_mlp.infer import Full
 from llm_mlp.serve import reading as reading_module
+from llm_mlp.serve.service import Refused
 
 STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -317,6 +318,67 @@ def test_a_reading_that_was_cut_off_goes_on(model, tmp_path, monkeypatch, append
     assert now.manifest.marks == want.manifest.marks and (now.transition is not None) == composable
     tensors = now.tensors()
     assert all(torch.equal(tensors[name], t) for name, t in want.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("what", "composable"), [("undo", False), ("undo", True), ("recall", False), ("compose", True)]
+)
+def test_what_is_read_again_goes_on_where_it_was_cut_off(model, tmp_path, monkeypatch, what, composable):
+    """The text of an undo, and those that are planted with pairs; the result is that of an uninterrupted reading."""
+    monkeypatch.setattr(reading_module, "STRIDE", 100)  # rounded up to 128
+    observed, keep = [], reading_module.Readings._keep
+
+    def read_tokens(model, ids, *more, **how):
+        observed.append(len(ids))
+        return real(model, ids, *more, **how)
+
+    real = reading_module.read_tokens
+    monkeypatch.setattr(reading_module, "read_tokens", read_tokens)
+
+    def cut(self, reading, piece):
+        keep(self, reading, piece)
+        if len(piece.final.tokens) >= 512:
+            raise Refused(503, "injected")
+
+    path, body = f"/v1/contexts/book/{what}", {} if what == "undo" else None
+    if what == "compose":
+        path, body = "/v1/contexts/both/compose", {"contexts": ["book", "copy"], "recall": True}
+    left = {"undo": "book.undo.reading", "recall": "book.recall.reading", "compose": "both.recall.reading"}[what]
+    found, read = {}, {}
+    for case in ("whole", "cut"):
+        with serving(tmp_path / case, model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+            first = made(http, "book", TEXT, composable=composable)
+            if what == "undo":
+                http.post("/v1/contexts/book/append", json={"text": " More."})
+                service.store("")._delete(first["id"])
+            elif what == "compose":
+                made(http, "copy", TEXT[::-1], composable=True)
+            names = {row["name"] for row in http.get("/v1/contexts").json()["data"]}
+            if case == "cut":
+                with monkeypatch.context() as patch:
+                    patch.setattr(reading_module.Readings, "_keep", cut)
+                    assert http.post(path, json=body).status_code == 503
+                rows = {row["name"]: row for row in http.get("/v1/contexts").json()["data"]}
+                assert rows.keys() - names == {left} and rows[left]["unfinished"] and rows[left]["expires"]
+            observed.clear()
+            before = service.engine.counters.prompt_tokens
+            answer = http.post(path, json=body)
+            assert answer.status_code in (200, 201), answer.text
+            found[case] = answer.json()
+            read[case] = service.engine.counters.prompt_tokens - before + sum(observed)
+            names |= {"both"} if what == "compose" else set()
+            assert {row["name"] for row in http.get("/v1/contexts").json()["data"]} == names
+            if what == "undo":
+                kept = service.store("").get("book")
+                assert kept.manifest.replayed and len(kept.tokens) == first["tokens"]
+                found[case] = kept
+    assert read["whole"] - read["cut"] == 512
+    if what == "undo":
+        tensors = found["cut"].tensors()
+        assert (found["cut"].transition is not None) == composable
+        assert all(torch.equal(tensors[name], t) for name, t in found["whole"].tensors().items())
+    else:
+        assert found["cut"].get("recall", found["cut"]) == found["whole"].get("recall", found["whole"])
 
 
 def test_what_is_left_of_another_reading_is_not_gone_on_from(served, monkeypatch):
