@@ -86,7 +86,8 @@ class _Session:
         if made is None:
             _note("nothing was said yet")
             return False
-        self.store.commit(made, name, versions=self.store.versions(self.name, made) if self.name else ())
+        older = self.store.versions(self.name, made) if self.name and there is None else ()
+        self.store.commit(made, name, versions=older)
         self.talk.keep(made)
         _note(f"{done} {name}: {len(made.tokens):,} tokens")
         return True

@@ -270,18 +270,20 @@ class Reader:
         parent: Context | None = None,
         transition: State | None = None,
         marks: Iterable[int] = (),
+        pieces: int | None = None,
     ) -> Context:
         """The context of a text that was read elsewhere with this model.
 
         Args:
             parent: what it continues, or None. transition: what `observed` has seen of it. marks: numbers of tokens to
                 come back to, beside its end and the parent's; those within the parent's text do not count.
+            pieces: how the whole text was read (`Manifest.pieces`).
         """
         tokens = torch.as_tensor(end.tokens).to(torch.int32).cpu()
         before = len(parent.tokens) if parent else 0
         own = sorted({len(tokens), *(n for n in marks if before < n < len(tokens))})
         all_ = [*(parent.manifest.marks if parent else []), *own]
-        return self._made(tokens, dict(end.state), end.logits, parent, all_, transition)
+        return self._made(tokens, dict(end.state), end.logits, parent, all_, transition, pieces=pieces)
 
     def composed(self, end: Start) -> Context:
         """The context that `llm_mlp.context.compose.composing` has come to."""

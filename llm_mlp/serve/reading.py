@@ -110,10 +110,14 @@ class Readings:
         """
         service, prompt, deadline = self.service, reading.prompt, self.service.deadline()
         stride = -(-STRIDE // service.settings.chunk) * service.settings.chunk
+        last, versions = self._last_multiple(reading), tuple[str, ...]()
+        if prompt.base is not None and prompt.cached == last and prompt.base is not reading.parent:
+            versions = (prompt.base.id,)
         start, done, total = prompt.start, 0, len(prompt.ids)
         seen = prompt.base.transition if reading.composable and prompt.base is not None else None
         while True:
             end = min(total, done + stride - (prompt.cached + done) % stride)
+            end = last - prompt.cached if done < last - prompt.cached < end else end
             ids = prompt.ids[done:end]
             if reading.composable:
                 part = self._observed(ids, start, seen, deadline)
@@ -124,9 +128,13 @@ class Readings:
                     async for piece in part:
                         piece.read += done
                         if piece.final is not None and end < total:
-                            await asyncio.to_thread(self._keep, reading, piece)
+                            if prompt.cached + end == last:
+                                versions = await asyncio.to_thread(self._version, reading, piece)
+                            else:
+                                await asyncio.to_thread(self._keep, reading, piece)
                             start, seen = piece.final, piece.transition
                             piece.final, piece.finish = None, None
+                        piece.versions = versions
                         yield piece
             except Refused as error:
                 if error.status == 504 and done:
@@ -136,9 +144,31 @@ class Readings:
             if done == total:
                 return
 
+    def _exact(self, reading: Reading) -> int | None:
+        """`Manifest.pieces` of what the reading comes to."""
+        base, pieces = reading.prompt.base, self.service.pieces
+        if pieces is None or reading.composable:
+            return None
+        goes_on = base is None or (base.manifest.pieces == pieces and len(base.tokens) % pieces == 0)
+        return pieces if goes_on else None
+
+    def _last_multiple(self, reading: Reading) -> int:
+        """Tokens up to the last place in its text from where a prompt that begins with it may go on to the bit, which
+        has to be stored for that; 0: there is none, or it is the text's end."""
+        pieces, total = self._exact(reading), reading.prompt.tokens
+        return 0 if pieces is None or total % pieces == 0 else total // pieces * pieces
+
     def _context(self, reading: Reading, piece: Piece) -> Context:
         assert piece.final is not None
-        return self.service.reader.wrap(piece.final, reading.parent, piece.transition)
+        pieces = self._exact(reading)
+        return self.service.reader.wrap(piece.final, reading.parent, piece.transition, pieces=pieces)
+
+    def _version(self, reading: Reading, piece: Piece) -> tuple[str, ...]:
+        try:
+            return (self.service.store(reading.user).commit(self._context(reading, piece)),)
+        except ContextError as error:  # the reading itself goes on
+            log.warning("prompts that begin with context %r will read it again: %s", reading.name, error)
+            return ()
 
     def _keep(self, reading: Reading, piece: Piece) -> None:
         try:
@@ -154,7 +184,7 @@ class Readings:
             ContextError: the name is taken by now, or there is no room.
         """
         store = self.service.store(reading.user)
-        store.commit(self._context(reading, piece), reading.name, expires=expires)
+        store.commit(self._context(reading, piece), reading.name, expires=expires, versions=piece.versions)
         store.forget_reading(reading.name)
 
     async def _observed(

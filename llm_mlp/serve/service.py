@@ -115,6 +115,7 @@ class Piece:
     lost: Exception | None = None  # why a text that is whole has no ``final``
     transition: State | None = None  # of the text behind ``final``, where it was asked for
     joules: float | None = None  # of what ended with it
+    versions: tuple[str, ...] = ()  # ids of what was stored of its text on the way
 
 
 class Text:
@@ -257,6 +258,11 @@ class Service:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def pieces(self) -> int | None:
+        """Of what length texts are read in, where their bits count."""
+        return self.settings.chunk if self.settings.invariant else None
+
     # -- keys ------------------------------------------------------------------------------------------------------
 
     def user(self, key: str | None) -> str | None:
@@ -293,11 +299,7 @@ class Service:
             return Prompt(ids, found.start, found, n, f"hit: context {context!r}, {n} tokens")
         if not ids:
             raise Refused(400, "the prompt is empty", "prompt")
-        known = self.store(user).find(ids, self.reader)
-        if known.context is not None and self.settings.invariant and known.cached_tokens % self.settings.chunk:
-            reason = f"miss: {known.cached_tokens} tokens are stored, which is no multiple of {self.settings.chunk}"
-            self.lookups.labels("miss", "unaligned").inc()
-            return Prompt(ids, reason=reason)
+        known = self.store(user).find(ids, self.reader, pieces=self.pieces)
         self.lookups.labels("miss" if known.context is None else "hit", known.kind).inc()
         if known.context is None:
             return Prompt(ids, reason=self.told(known.reason))
