@@ -205,7 +205,7 @@ class Service:
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
         self.energy = energy or Energy(next(model.parameters()).device)
         stored = 0 if settings.memory is None else settings.memory // 4
-        slots, line = slots_within(model, settings.slots, settings.memory, stored)
+        slots, line = slots_within(model, settings.slots, settings.memory, stored, settings.invariant)
         log.info("%s", line)
         self.capacity = line
         self.engine = Engine(

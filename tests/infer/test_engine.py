@@ -379,9 +379,31 @@ def test_slots_fit_a_budget():
     assert slots_within(model, 4, None) == (4, f"4 active + 0 stored contexts of {each / 1e6:.2f} MB")
     fit, line = slots_within(model, 100, 10 * each, stored=3 * each)
     assert fit == 7 and line.startswith("7 active + 3 stored contexts") and "100 were asked for" in line
-    assert slots_within(model, 4, 10)[0] == 1  # never a refusal to start
+    fit, line = slots_within(model, 4, 10)
+    assert fit == 1 and line.endswith("; that is more than the 10 bytes allow")  # never a refusal to start
     with pytest.raises(ValueError, match=r"layers\.\d: attention keeps keys and values"):
         Engine(random_model("attention"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "fits", "says"),
+    [
+        (40, None, 40, "holds 64 states"),
+        (40, 64, 40, "holds 64 states"),
+        (40, 63, 32, "40 were asked for"),
+        (8, 32, 8, "holds 32 states"),
+        (40, 31, 32, "is more than the"),
+        (8, 8, 8, "is more than the"),
+    ],
+)
+def test_an_invariant_pool_is_counted_with_its_padding(wanted, room, fits, says):
+    model = random_model("plain")
+    each = state_bytes(model)
+    fit, line = slots_within(model, wanted, None if room is None else room * each, invariant=True)
+    assert fit == fits and says in line
+    pool = Engine(model, slots=fit, invariant=True).pool
+    taken = sum(t.numel() * t.element_size() for t in pool.values())
+    assert (room is not None and taken > room * each) == ("is more than" in line)
 
 
 class Work:
