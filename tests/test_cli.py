@@ -208,10 +208,14 @@ def test_bench_decode_tells_energy_and_plots(call, tmp_path, monkeypatch, metere
         for part in ("joules_per_token", "watts"):
             assert set(line[part]) == {"demo", "demo-transformer"}
             assert all((value is not None and value > 0) == metered for value in line[part].values())
+        for name, steps in line["step_ms"].items():
+            assert 0 < steps["p50"] <= steps["p95"] <= steps["p99"]
+            assert steps["p50"] == pytest.approx(1e3 * line["batch"] / line["tokens_per_second"][name], abs=1e-3)
     page = plot.read_text()
     kinds = 5 if metered else 3
     # By context for both batches, by batch for both contexts.
     assert page.count("<figure>") == 4 * kinds and "Decoding demo" in page and "Decoding, batch 2" in page
+    assert "p95 from" in page  # the plots' descriptions
     assert ("Unavailable here, and not plotted: Energy, batch 1" in page) != metered
 
 

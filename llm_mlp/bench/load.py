@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_mlp.bench.record import milliseconds
+
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -53,11 +55,6 @@ class Load:
 
     def summary(self) -> dict[str, Any]:
         """Tokens a second, percentiles in milliseconds, growth of memory from a fifth of the time on."""
-
-        def milliseconds(values: Any) -> dict[str, float]:
-            if not len(values):
-                return {}
-            return {f"p{p}": round(1e3 * float(np.percentile(values, p)), 2) for p in (50, 95, 99)}
 
         first = [s.times[0] - s.sent for s in self.streams if s.times]
         between = np.concatenate([np.diff(s.times) for s in self.streams if len(s.times) > 1] or [np.zeros(0)])
