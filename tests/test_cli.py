@@ -505,6 +505,8 @@ def test_doctor(call, trained, monkeypatch):
         ("doctor", {}, "0"),
         ("serve", {}, "0"),
         ("train", {}, "10000"),
+        ("bench serve", {}, "0"),
+        ("bench decode", {}, "10000"),
         ("doctor", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
     ],
@@ -515,7 +517,7 @@ def test_threads_do_not_spin_for_long(call, monkeypatch, verb, given, then):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    call(verb, "--help")
+    call(*verb.split(), "--help")
     assert os.environ.get("GOMP_SPINCOUNT") == then
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
