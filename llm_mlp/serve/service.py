@@ -459,7 +459,7 @@ class Service:
             Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where a step failed.
             `llm_mlp.infer.Full`: the queue is full. `llm_mlp.infer.Stopped`: the engine has failed, or is closing.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event] | None]()
         started = loop.time()
         deadline = deadline or self.deadline()
         before: float | None = None  # joules
@@ -479,6 +479,8 @@ class Service:
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
+        # One for all of its tokens: to set a limit for each wait costs more than the wait.
+        timer = loop.call_at(deadline, queue.put_nowait, None)
         last = [started] * n
         try:
             for index in range(n):
@@ -491,14 +493,10 @@ class Service:
                     raise Refused(400, str(error)) from None
             open_ = set(range(n))
             while open_:
-                try:
-                    if loop.time() > deadline:
-                        raise TimeoutError
-                    # Not wait_for: Python 3.11's loses a cancellation that comes together with an event.
-                    async with asyncio.timeout_at(deadline):
-                        index, event = await queue.get()
-                except TimeoutError:
-                    raise self.late() from None
+                item = await queue.get()
+                if item is None:
+                    raise self.late()
+                index, event = item
                 now, text = loop.time(), texts[index]
                 if event.finish == "error" and not text.stopped:  # an answer that a stop text has ended is whole
                     raise self._failure(event.error)
@@ -525,6 +523,7 @@ class Service:
                     open_.remove(index)
                 yield piece
         finally:
+            timer.cancel()
             for ticket in tickets:
                 ticket.cancel()
 
