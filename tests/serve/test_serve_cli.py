@@ -126,6 +126,35 @@ def test_a_killed_servers_reading_goes_on(folder, tmp_path, composable):
     assert all(torch.equal(kept["cut"][part], t) for part, t in kept["whole"].items())
 
 
+@pytest.mark.slow
+def test_a_killed_reading_of_a_book_goes_on(folder, tmp_path):
+    """5 MB by `llm-mlp context create`, kill -9 on the way and the same again: the bits of one that was left alone, in a
+    file that is larger than a sentence's by its token ids alone."""
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"Chapter {n}. {TEXT}" for n in range(2200)), encoding="utf8")
+    assert book.stat().st_size > 5_000_000
+
+    def create(name, text):
+        args = ("context", "create", name, "--model", folder, "--store", tmp_path, "--every", 65_536, *text)
+        return subprocess.Popen(command(*args), stdout=subprocess.PIPE, text=True)
+
+    cut, deadline = create("cut", ("--file", book)), time.time() + 300
+    while not (tmp_path / "names" / "cut.reading.json").exists():
+        assert cut.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGKILL)
+    assert cut.wait(30) == -signal.SIGKILL
+    texts = {"cut": ("--file", book), "whole": ("--file", book), "sentence": ("--text", "The mill stood.")}
+    for name, text in texts.items():
+        assert create(name, text).wait(600) == 0
+    found = {name: Store(tmp_path).get(name) for name in texts}
+    tensors = found["cut"].tensors()
+    assert len(found["whole"].tokens) > 1_000_000
+    assert all(torch.equal(tensors[part], t) for part, t in found["whole"].tensors().items())
+    longer = len(found["whole"].tokens) - len(found["sentence"].tokens)
+    assert found["whole"].bytes - found["sentence"].bytes == 4 * longer
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
