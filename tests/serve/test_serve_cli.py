@@ -128,8 +128,8 @@ def test_a_killed_servers_reading_goes_on(folder, tmp_path, composable):
 
 @pytest.mark.slow
 def test_a_killed_reading_of_a_book_goes_on(folder, tmp_path):
-    """5 MB by `llm-mlp context create`, kill -9 on the way and the same again: the bits of one that was left alone, in a
-    file that is larger than a sentence's by its token ids alone."""
+    """5 MB by `llm-mlp context create`, kill -9 on the way and the same again: the bits of one that was left alone, in
+    a file that is larger than a sentence's by its token ids alone."""
     book = tmp_path / "book.txt"
     book.write_text("".join(f"Chapter {n}. {TEXT}" for n in range(2200)), encoding="utf8")
     assert book.stat().st_size > 5_000_000
