@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm_mlp.models.lm import LM
 from llm_mlp.models.mixer import Linear
-from llm_mlp.ops.linear_step import Product, linear, linear_step
+from llm_mlp.ops.linear_step import ROWS, Product, linear, linear_step
 from llm_mlp.ops.linear_step.quantized import Int4, Int8
 from llm_mlp.precision import DTYPES
 
@@ -28,6 +28,7 @@ log = logging.getLogger("llm_mlp.weights")
 FLOATS = {"fp32": torch.float32, **DTYPES}
 WEIGHTS = (*FLOATS, "int8", "int4")
 SMALL = 128
+COMPARED = (1, ROWS, 2 * ROWS)  # one sequence, the most that the kernel serves, and more than that
 
 
 class QuantizedLinear(nn.Module):
@@ -68,7 +69,7 @@ def hold(model: LM, weights: str) -> LM:
     """Holds the weights of ``model`` in one of `WEIGHTS` from now on, where they are (in place); returns it.
 
     Quantising is rounding to the nearest, no data is looked at. Logs what became of the matrices, and where the
-    product with the largest, of one token and of 16, takes longer than in bfloat16.
+    product with the largest takes longer than in bfloat16: of as many sequences as `COMPARED`.
 
     Raises:
         ValueError: an unknown name, or a model that is quantised already.
@@ -103,8 +104,8 @@ def hold(model: LM, weights: str) -> LM:
 
 
 def _compare(weights: str, plain: Tensor, matrix: Int8 | Int4) -> None:
-    """Log where products of one token, and of 16, are slower than in bfloat16."""
-    for rows in (1, 16):
+    """Log where products are slower than in bfloat16."""
+    for rows in COMPARED:
         _compare_rows(weights, plain, matrix, rows)
 
 

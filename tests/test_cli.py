@@ -208,10 +208,14 @@ def test_bench_decode_tells_energy_and_plots(call, tmp_path, monkeypatch, metere
         for part in ("joules_per_token", "watts"):
             assert set(line[part]) == {"demo", "demo-transformer"}
             assert all((value is not None and value > 0) == metered for value in line[part].values())
+        for name, steps in line["step_ms"].items():
+            assert 0 < steps["p50"] <= steps["p95"] <= steps["p99"]
+            assert steps["p50"] == pytest.approx(1e3 * line["batch"] / line["tokens_per_second"][name], abs=1e-3)
     page = plot.read_text()
     kinds = 5 if metered else 3
     # By context for both batches, by batch for both contexts.
     assert page.count("<figure>") == 4 * kinds and "Decoding demo" in page and "Decoding, batch 2" in page
+    assert "p95 from" in page  # the plots' descriptions
     assert ("Unavailable here, and not plotted: Energy, batch 1" in page) != metered
 
 
@@ -432,6 +436,57 @@ def test_an_interrupted_reading_goes_on(call, trained, tmp_path, monkeypatch, ve
         assert Store().get("parts").tokens.equal(Store().get("whole").tokens[: whole.manifest.marks[0]])
 
 
+@pytest.mark.parametrize("what", ["undo", "recall"])
+def test_what_is_read_again_goes_on(call, trained, tmp_path, monkeypatch, what):
+    """As a reading into a context does; what is left of one that does not fit any more is said, and not used."""
+    monkeypatch.setenv("LLM_MLP_CONTEXTS", str(tmp_path / "store"))
+    for place in ("llm_mlp.infer.prefill.PREFILL", "llm_mlp.context.context.PREFILL"):
+        monkeypatch.setattr(place, 32)
+    monkeypatch.setattr("llm_mlp.cli.contexts.EVERY", 64)
+    from llm_mlp.checkpoint import load_model
+    from llm_mlp.context import Reader, Store, measure_recall
+
+    model = ("--model", trained)
+    assert call("context", "create", "book", *model, "--text", "A river runs through it. " * 30)[0] == 0
+    first = Store().get("book")
+    assert call("context", "append", "book", *model, "--text", " A boat.")[0] == 0
+    second = Store().get("book")
+    if what == "undo":
+        Store()._delete(first.id)
+    commit, made = Store.commit, []
+
+    def interrupted(self, context, name=None, **more):
+        made.append(len(context.tokens))
+        commit(self, context, name, **more)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    asked = (
+        ("context", "undo", "book", *model)
+        if what == "undo"
+        else ("context", "show", "book", *model, "--recall", "--json")
+    )
+    with monkeypatch.context() as m:
+        m.setattr(Store, "commit", interrupted)
+        assert call(*asked)[0] == 130
+        assert made == [64, 128] and f"book.{what}.reading" in call("context", "ls")[1]
+        status, out, _ = call(*asked)
+        assert status == 0 and made[2] == 192  # on from there
+    assert "unfinished" not in call("context", "ls")[1]
+    now = Store().get("book")
+    if what == "undo":
+        assert now.manifest.replayed and all(t.equal(now.tensors()[n]) for n, t in first.tensors().items())
+        reader = Reader(*load_model(trained))
+        Store().keep_reading(reader.create(list(range(5))), "book.undo")
+        assert call("context", "append", "book", *model, "--text", " A boat.")[0] == 0
+        Store()._delete(now.id)
+        status, _, err = call(*asked)
+        assert status == 0 and "what is left of an interrupted reading is not used: " in err
+    else:
+        found, want = json.loads(out)["recall"], measure_recall(Reader(*load_model(trained)), second).report()
+        assert found == json.loads(json.dumps(want)) and now.id == second.id
+
+
 def test_doctor(call, trained, monkeypatch):
     status, out, _ = call("doctor", "--model", trained, "--tokens", "40", "--device", "cpu")
     assert status == 0 and "FAILED" not in out and "restored from disk" in out and "perceive_step" in out
@@ -450,6 +505,8 @@ def test_doctor(call, trained, monkeypatch):
         ("doctor", {}, "0"),
         ("serve", {}, "0"),
         ("train", {}, "10000"),
+        ("bench serve", {}, "0"),
+        ("bench decode", {}, "10000"),
         ("doctor", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
     ],
@@ -460,7 +517,7 @@ def test_threads_do_not_spin_for_long(call, monkeypatch, verb, given, then):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    call(verb, "--help")
+    call(*verb.split(), "--help")
     assert os.environ.get("GOMP_SPINCOUNT") == then
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 

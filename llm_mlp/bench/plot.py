@@ -79,7 +79,7 @@ def plot_decoding(path: Path, rows: Sequence[Row]) -> None:
             names = list(dict.fromkeys(name for row in own for name in row["tokens_per_second"]))
             parts = [
                 ("Decoding", "tokens a second", [_inner(name, "tokens_per_second") for name in names]),
-                ("A step", "ms", [_milliseconds(name) for name in names]),
+                ("A step", "ms", [_step(name, p) for name in names for p in ("p50", "p95")]),
                 ("State of a sequence", "MB", [_inner(name, "state_bytes", 1e-6) for name in names]),
                 ("Energy", "J a token", [_inner(name, "joules_per_token") for name in names]),
                 ("Mean power", "W", [_inner(name, "watts") for name in names]),
@@ -101,14 +101,9 @@ def _inner(name: str, part: str, scale: float = 1.0) -> Column:
     return Column(name, value)
 
 
-def _milliseconds(name: str) -> Column:
-    """Of a step, from the tokens a second."""
-
-    def value(row: Row) -> float | None:
-        speed = row["tokens_per_second"].get(name)
-        return None if speed is None else 1e3 * row["batch"] / speed
-
-    return Column(name, value)
+def _step(name: str, percentile: str) -> Column:
+    """A percentile of a model's steps, where it ran."""
+    return Column(f"{name}, {percentile}", lambda row: row["step_ms"].get(name, {}).get(percentile))
 
 
 def _write(path: Path, title: str, groups: Sequence[Group]) -> None:

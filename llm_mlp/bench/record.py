@@ -7,9 +7,11 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import llm_mlp
@@ -43,6 +45,13 @@ def commit() -> str:
         return head + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def milliseconds(seconds: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Percentiles of some times, p50, p95 and p99; nothing of none."""
+    if not len(seconds):
+        return {}
+    return {f"p{p}": round(1e3 * float(np.percentile(seconds, p)), 3) for p in (50, 95, 99)}
 
 
 def record(

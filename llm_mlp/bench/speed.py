@@ -15,7 +15,7 @@ import torch
 
 from llm_mlp.allocator import keep_freed_memory
 from llm_mlp.bench.plot import check_place, plot_decoding
-from llm_mlp.bench.record import record
+from llm_mlp.bench.record import milliseconds, record
 from llm_mlp.config import ConfigError, ModelConfig, build
 from llm_mlp.device import pick_device
 from llm_mlp.energy import WINDOW, Energy, Spent
@@ -158,8 +158,9 @@ def _need_cuda(device: torch.device) -> None:
 def time_decoding(
     models: Sequence[LM], context: int, steps: int, batch: int = 1, graph: bool = False
 ) -> list[dict[str, Any]]:
-    """Of each model, which step in turn: median seconds a step after ``context`` random tokens, the bytes of a
-    sequence's state there, and `energy_each` of some more steps of it alone (a cache grows by as many).
+    """Of each model, which step in turn: median seconds a step after ``context`` random tokens and percentiles of the
+    milliseconds, the bytes of a sequence's state there, and `energy_each` of some more steps of it alone (a cache grows
+    by as many).
 
     ``batch``: sequences, which all read the same. ``graph``: the step as a CUDA graph.
     """
@@ -172,7 +173,12 @@ def time_decoding(
             if round_ >= 3:  # the first are warm-up
                 own.append(seconds)
     return [
-        {"seconds": statistics.median(own), "state_bytes": size, **energy_each(call, device)}
+        {
+            "seconds": statistics.median(own),
+            "step_ms": milliseconds(own),
+            "state_bytes": size,
+            **energy_each(call, device),
+        }
         for call, own, size in zip(calls, times, sizes, strict=True)
     ]
 
@@ -251,6 +257,7 @@ def bench_decoding(
         energy = {name: None if f["joules"] is None else f["joules"] / batch for name, f in found.items()}
         facts = {"preset": preset, "context": context, "batch": batch, "weights": weights, "state": kept}
         facts |= {"graph": graph, "tokens_per_second": speed, "weight_bytes": held, "state_bytes": size}
+        facts |= {"step_ms": {name: f["step_ms"] for name, f in found.items()}}
         facts |= {"joules_per_token": energy, "watts": {name: f["watts"] for name, f in found.items()}, "ratio": ratio}
         rows.append(record(results, "decode-speed", facts, device=on, seed=0))
         beside = too_large or (
@@ -260,7 +267,8 @@ def bench_decoding(
         )
         yield (
             f"batch {batch:>3}, context {context:>6}: {speed[preset]:>8,.1f} tokens/s, "
-            f"{1e3 * batch / speed[preset]:.2f} ms a step, weights {held[preset] / 1e6:.1f} MB, "
+            f"{1e3 * batch / speed[preset]:.2f} ms a step (p95 {found[preset]['step_ms']['p95']:.2f}), "
+            f"weights {held[preset] / 1e6:.1f} MB, "
             f"state {size[preset] / 1e6:.1f} MB, {joules_told(energy[preset])}; "
             + (
                 f"{plain}: {speed[plain]:,.1f} tokens/s, {held[plain] / 1e6:.1f} MB, {size[plain] / 1e6:.1f} MB, "

@@ -57,9 +57,15 @@ def _start(
     if version:
         typer.echo(llm_mlp.__version__)
         raise typer.Exit
-    _wait_calmly(context.invoked_subcommand)
+    if context.invoked_subcommand != "bench":
+        _wait_calmly(context.invoked_subcommand)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llm_mlp").setLevel(logging.INFO)
+
+
+@bench_app.callback()
+def _start_bench(context: typer.Context) -> None:
+    _wait_calmly(context.invoked_subcommand)  # of serve: both the server and the engine beside it as a server waits
 
 
 @app.command()

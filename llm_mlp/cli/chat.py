@@ -77,7 +77,7 @@ class _Session:
 
         if self.store.look(name) is not None:
             raise ContextError(f"context {name!r} exists; choose another name")
-        if self._keep(name, "forked to"):
+        if self._keep(name, "forked to"):  # with the versions before it, as `llm-mlp context fork` does
             self.name = name
 
     def _keep(self, name: str, done: str) -> bool:
@@ -86,7 +86,8 @@ class _Session:
         if made is None:
             _note("nothing was said yet")
             return False
-        self.store.commit(made, name)
+        older = self.store.versions(self.name, made) if self.name and there is None else ()
+        self.store.commit(made, name, versions=older)
         self.talk.keep(made)
         _note(f"{done} {name}: {len(made.tokens):,} tokens")
         return True
@@ -109,7 +110,9 @@ class _Session:
 COMMANDS = {
     "/save": _Command("[NAME]", "store the conversation as a context; without NAME the one it goes on", _Session.save),
     "/load": _Command("NAME", "go on from a stored context", _Session.load),
-    "/fork": _Command("NAME", "store the conversation under a new name, and go on there", _Session.fork),
+    "/fork": _Command(
+        "NAME", "store the conversation and its versions under a new name, and go on there", _Session.fork
+    ),
     "/undo": _Command("", "take the last exchange back", _Session.undo),
     "/contexts": _Command("", "list what is stored", _Session.contexts),
     "/help": _Command("", "list these", _Session.help),
@@ -144,7 +147,7 @@ def chat(
 
     try:
         from llm_mlp.data.chat import ChatError, ChatTemplate
-        from llm_mlp.serve.talk import Talk
+        from llm_mlp.serve.talk import Talk, TalkError
     except ImportError as error:
         raise ConfigError(f"chatting needs {error.name}: pip install 'llm-mlp[serve]'") from None
     logging.getLogger("llm_mlp").setLevel(logging.WARNING)
@@ -166,7 +169,7 @@ def chat(
                 session.run(line)
             elif line:
                 session.say(line, **how)
-        except (ContextError, ChatError) as error:
+        except (ContextError, ChatError, TalkError) as error:
             _note(f"error: {error}")
         except KeyboardInterrupt:
             _note("\n(stopped)")

@@ -29,6 +29,7 @@ Expires = Annotated[
     float | None,
     typer.Option("--expires-hours", min=0, help="It is gone after so many; gc removes its file.", show_default=False),
 ]
+EVERY = 262_144
 Every = Annotated[int, typer.Option(min=1, help="Tokens between savings of a long reading.")]
 Replace = Annotated[bool, typer.Option("--replace", help="A name that exists takes the new context.")]
 
@@ -65,7 +66,25 @@ def _reader(model: Path, device: str, weights: str, kept: str, transitions: bool
 def _read_into(own: Any, name: str, reader: Any, tokens: Any, every: int, base: Any = None) -> Any:
     """The context of ``tokens``, read behind ``base`` on the way into ``name`` of store ``own``: from where an
     interrupted reading of the same has come to, and kept on the way."""
-    begun = own.begun(name, reader)
+    return _read_on(own, name, reader, tokens, every, base, own.begun(name, reader))
+
+
+def _read_aside(own: Any, name: str, reader: Any, tokens: Any, base: Any = None) -> Any:
+    """As `_read_into` of a text that is the command's own: what is left of another one is not in its way."""
+    from llm_mlp.context import ContextError
+
+    try:
+        begun = own.begun(name, reader)
+        if begun is not None:
+            reader.check_begun(begun, tokens, base, reader.keeps_transitions(base))
+    except ContextError as error:
+        typer.echo(f"what is left of an interrupted reading is not used: {error}", err=True)
+        begun = None
+    return _read_on(own, name, reader, tokens, EVERY, base, begun)
+
+
+def _read_on(own: Any, name: str, reader: Any, tokens: Any, every: int, base: Any, begun: Any) -> Any:
+    """What `_read_into` and `_read_aside` give, from ``begun`` on."""
     done = next((len(c.tokens) for c in (begun, base) if c is not None), 0)
     with _reading(len(tokens), done) as progress:
         for context in reader.pieces(begun, tokens, every, base):
@@ -128,7 +147,7 @@ def context_create(
     model: ModelDir,
     text: Text = "",
     file: File = None,
-    every: Every = 262_144,
+    every: Every = EVERY,
     composable: Annotated[bool, typer.Option("--composable", help="Keep what composing needs: a larger file.")] = False,
     replace: Replace = False,
     expires_hours: Expires = None,
@@ -159,7 +178,7 @@ def context_append(
     model: ModelDir,
     text: Text = "",
     file: File = None,
-    every: Every = 262_144,
+    every: Every = EVERY,
     expires_hours: Expires = None,
     store: StoreDir = None,
     weights: Weights = "fp32",
@@ -233,7 +252,7 @@ def context_show(
     """What a context holds: norms of its fast weights, memorised units, half-lives, what it still recalls, and what
     surprised it."""
     from llm_mlp.config import ConfigError
-    from llm_mlp.context import Store, describe, measure_recall, measure_surprise
+    from llm_mlp.context import Store, ask, describe, measure_surprise, plant
 
     for asked, option in ((recall, "--recall"), (surprise, "--surprise")):
         if asked and model is None:
@@ -243,8 +262,11 @@ def context_show(
     reader = _reader(model, device, weights, kept) if model else None
     context = own.get(name, reader)
     found = describe(context, reader.model if reader else None)
-    back = measure_recall(reader, context) if recall and reader is not None else None
-    if back is not None:
+    back = None
+    if recall and reader is not None:
+        planted = plant(reader, context)
+        back = ask(reader, planted, _read_aside(own, f"{name}.recall", reader, planted.tokens).state)
+        own.forget_reading(f"{name}.recall")
         found["recall"] = back.report()
     ran = None
     if surprise and reader is not None:
@@ -297,12 +319,22 @@ def context_undo(
     kept: Kept = "auto",
     device: Device = "auto",
 ) -> None:
-    """Go back to what a context was before it was appended to."""
+    """Go back to what a context was before it was appended to. Where that is not stored any more the text is read
+    again; an interrupted reading goes on where it was when the command is given again."""
     from llm_mlp.context import Store
 
     own = Store(store)
     own.entry(name)
-    _say(own.undo(name, _reader(model, device, weights, kept), steps=steps, tokens=to), name)
+    reader = _reader(model, device, weights, kept)
+    plan = own.plan_undo(name, reader, steps=steps, tokens=to)
+    made = plan.exact
+    if made is None:
+        reader.transitions = plan.composable
+        read = _read_aside(own, f"{name}.undo", reader, plan.now.tokens[: plan.tokens], plan.nearest)
+        made = reader.replayed(plan.now, read.start, plan.nearest, read.transition)
+    own.go_back(plan, made)
+    own.forget_reading(f"{name}.undo")
+    _say(made, name)
 
 
 @context_app.command("diff")

@@ -183,7 +183,7 @@ class Reader:
         if len(tokens) <= (0 if base is None else len(base.tokens)):
             raise ContextError("there is nothing to read: the text is empty")
         if begun is not None:
-            self.check_begun(begun, tokens, base, self.transitions if base is None else base.transition is not None)
+            self.check_begun(begun, tokens, base, self.keeps_transitions(base))
         context = base if begun is None else begun
         done = 0 if context is None else len(context.tokens)
         stride = -(-every // PREFILL) * PREFILL
@@ -192,6 +192,10 @@ class Reader:
             context = self._read(context, tokens[done:end], base, None, end == len(tokens))
             done = end
             yield context
+
+    def keeps_transitions(self, base: Context | None) -> bool:
+        """Whether what is read behind ``base``, or from nothing, keeps the map that its text is."""
+        return self.transitions if base is None else base.transition is not None
 
     def check_begun(self, begun: Context, tokens: Tensor, base: Context | None, transitions: bool) -> None:
         """Refuse an interrupted reading unless reading ``tokens`` behind ``base`` can go on from it.
@@ -260,12 +264,26 @@ class Reader:
             for mixer in mixers:
                 mixer.observer = None
 
-    def wrap(self, end: Start, parent: Context | None = None, transition: State | None = None) -> Context:
-        """The context of a text that was read elsewhere with this model; ``parent``: what it continues, or None;
-        ``transition``: what `observed` has seen of it."""
+    def wrap(
+        self,
+        end: Start,
+        parent: Context | None = None,
+        transition: State | None = None,
+        marks: Iterable[int] = (),
+        pieces: int | None = None,
+    ) -> Context:
+        """The context of a text that was read elsewhere with this model.
+
+        Args:
+            parent: what it continues, or None. transition: what `observed` has seen of it. marks: numbers of tokens to
+                come back to, beside its end and the parent's; those within the parent's text do not count.
+            pieces: how the whole text was read (`Manifest.pieces`).
+        """
         tokens = torch.as_tensor(end.tokens).to(torch.int32).cpu()
-        marks = [*(parent.manifest.marks if parent else []), len(tokens)]
-        return self._made(tokens, dict(end.state), end.logits, parent, marks, transition)
+        before = len(parent.tokens) if parent else 0
+        own = sorted({len(tokens), *(n for n in marks if before < n < len(tokens))})
+        all_ = [*(parent.manifest.marks if parent else []), *own]
+        return self._made(tokens, dict(end.state), end.logits, parent, all_, transition, pieces=pieces)
 
     def composed(self, end: Start) -> Context:
         """The context that `llm_mlp.context.compose.composing` has come to."""

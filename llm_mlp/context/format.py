@@ -51,6 +51,11 @@ class Manifest(BaseModel):
     parent: str | None = Field(None, description="id of the context that this one continues")
     marks: list[int] = Field(description="numbers of tokens at which something was read to its end, ascending")
     replayed: bool = Field(False, description="made from the token ids again, not kept: equal within rounding")
+    pieces: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of the pieces, from its start on and alone, that it was read in; None: otherwise",
+    )
     composed: bool = Field(False, description="of several texts: its state is no text's own")
     created: str = Field(description="UTC, ISO 8601")
     digest: str = Field("", description="SHA-256 of the tensors and of this manifest without the digest")
@@ -91,7 +96,9 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> Any:
 def digest(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str:
     """What the manifest's digest has to be."""
     found = tensors_digest(tensors)
-    found.update(json.dumps(manifest.model_dump(exclude={"digest"}), sort_keys=True).encode())
+    # Files from before there were ``pieces`` have none, and the digest of a manifest without.
+    without = {"digest", *(["pieces"] if manifest.pieces is None else [])}
+    found.update(json.dumps(manifest.model_dump(exclude=without), sort_keys=True).encode())
     return found.hexdigest()
 
 

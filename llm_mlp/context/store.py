@@ -63,6 +63,9 @@ class Entry:
         return self.expires is not None and datetime.fromisoformat(self.expires) <= datetime.now(UTC)
 
 
+Kind = Literal["prefix", "nothing_stored", "other_model", "no_prefix", "unaligned", "unusable"]
+
+
 @dataclass(frozen=True)
 class Found:
     """What of a prompt is stored already, and why no more: in words, and as one of a few kinds to count by."""
@@ -70,7 +73,7 @@ class Found:
     context: Context | None
     cached_tokens: int
     reason: str
-    kind: Literal["prefix", "nothing_stored", "other_model", "no_prefix", "unusable"]
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -278,10 +281,12 @@ class Store:
         expires: timedelta | None = None,
         replace: bool = False,
         unfinished: bool = False,
+        versions: Sequence[str] = (),
     ) -> str:
         """Store a context, under a name if there is one; its id. When this returns it outlives a crash.
 
-        A name's next version has to continue its last one, unless ``replace``.
+        A name's next version has to continue its last one, unless ``replace``. ``versions``: ids of those between that
+        one and this, oldest first.
 
         Raises:
             ContextError: a name that is taken or not allowed. StorageError: no room, or it could not be written.
@@ -295,7 +300,7 @@ class Store:
                 context.save(self._path(context.id))
             self._loaded.ram.put(self.folder, context.to("cpu"))
             if name is not None:
-                history = (*(before.history if before and not replace else ()),)
+                history = (*(before.history if before and not replace else ()), *versions)
                 if not history or history[-1] != context.id:
                     history = (*history, context.id)
                 until = (datetime.now(UTC) + expires).isoformat() if expires is not None else None
@@ -312,6 +317,14 @@ class Store:
         entries, sound = self._scan()
         for id_ in ids - {i for e in entries for i in (e.id, *e.history)} if sound else ():
             self._delete(id_)
+
+    def versions(self, name: str, context: Context) -> tuple[str, ...]:
+        """Ids of the versions of a name up to the one that ``context`` is or continues, oldest first; none where there
+        is no such version, or no such name."""
+        entry = self.look(name)
+        history = () if entry is None else entry.history
+        at = next((history.index(id_) for id_ in (context.id, context.manifest.parent) if id_ in history), -1)
+        return history[: at + 1]
 
     def fork(self, name: str, new: str) -> Entry:
         """Another name for the same context: nothing is copied, both go their own way from here.
@@ -476,8 +489,12 @@ class Store:
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
-    def find(self, tokens: Sequence[int] | Tensor, reader: Reader) -> Found:
-        """The stored context of this model whose text is the longest beginning of ``tokens``, or of all of them."""
+    def find(self, tokens: Sequence[int] | Tensor, reader: Reader, *, pieces: int | None = None) -> Found:
+        """The stored context of this model whose text is the longest beginning of ``tokens``, or all of them.
+
+        ``pieces``: only one that reading ``tokens`` from the start in such pieces would come by, to the bit
+        (`Manifest.pieces`).
+        """
         ids = torch.as_tensor(tokens, dtype=torch.int64).flatten()
         manifests = self.manifests()
         if not manifests:
@@ -485,9 +502,8 @@ class Store:
         own = reader.fingerprints
         fitting = {
             (m.tokens, m.text): id_
-            for id_, m in sorted(
-                manifests.items(), key=lambda item: not item[1].replayed
-            )  # one that was kept is better
+            # Of two of one text the better comes last: one read so, one that was kept.
+            for id_, m in sorted(manifests.items(), key=lambda item: (item[1].pieces == pieces, not item[1].replayed))
             if not m.composed and all(getattr(m, what) == value for what, value in own.items())
         }
         if not fitting:
@@ -500,7 +516,13 @@ class Store:
             done = length
             if (length, digest := running.copy().hexdigest()) in fitting:
                 matches.append(fitting[length, digest])
+        kind: Kind = "no_prefix"
         reason = f"miss: none of {len(fitting)} stored texts begins this prompt"
+        if matches and pieces is not None:
+            longest = manifests[matches[-1]].tokens
+            matches = [i for i in matches if manifests[i].pieces == pieces and manifests[i].tokens % pieces == 0]
+            reason = f"miss: {longest} tokens are stored, but not as read in pieces of {pieces} up to the end of one"
+            kind = "unaligned"
         for id_ in reversed(matches):
             try:
                 context = self._load(id_, reader)
@@ -509,7 +531,7 @@ class Store:
                 continue
             n = len(context.tokens)
             return Found(context, n, f"hit: {n} of {len(ids)} tokens from {id_}", "prefix")
-        return Found(None, 0, reason, "unusable" if matches else "no_prefix")
+        return Found(None, 0, reason, "unusable" if matches else kind)
 
     # -- room ------------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class Event(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their log probabilities
     finish: Finish | None = None
     final: Start | None = None
-    error: str = ""
+    error: str = ""  # why it ended so; beside another end than "error": the text is whole, its state is lost
     joules: float | None = None  # at the end: its share of the device's; None: unavailable, or too little to be told
 
 
@@ -162,15 +162,34 @@ def state_bytes(model: LM) -> int:
     return sum(t.numel() * t.element_size() for t in sizes.values())
 
 
-def slots_within(model: LM, wanted: int, budget: int | None, stored: int = 0) -> tuple[int, str]:
+def pool_rows(slots: int, invariant: bool) -> int:
+    """States in the pool of an engine with so many slots."""
+    return -(-slots // ROWS) * ROWS if invariant else slots
+
+
+def slots_within(
+    model: LM, wanted: int, budget: int | None, stored: int = 0, invariant: bool = False
+) -> tuple[int, str]:
     """How many requests can run at a time within a budget of bytes (None: as many as wanted), at least one, and a line
-    that says so. ``stored``: bytes set aside for stored contexts."""
+    that says so.
+
+    ``stored``: bytes set aside for stored contexts. ``invariant``: as `Engine`, whose pool then has rows that no
+    request takes; where not even the least pool fits the line says what it takes.
+    """
     each = state_bytes(model)
-    fit = wanted if budget is None else max(1, min(wanted, (budget - stored) // each))
-    kept = stored // each
+    room = None if budget is None else max(0, budget - stored) // each
+    fit = wanted
+    if room is not None and pool_rows(wanted, invariant) > room:
+        whole = room // ROWS * ROWS if invariant else room
+        fit = min(wanted, max(whole, pool_rows(1, invariant)))
+    rows, kept = pool_rows(fit, invariant), stored // each
     line = f"{fit} active + {kept} stored contexts of {each / 1e6:.2f} MB"
     if fit < wanted:
         line += f" ({wanted} were asked for; {budget:,} bytes hold no more)"
+    if rows > fit:
+        line += f"; the batch-invariant mode holds {rows} states for them, {rows * each / 1e6:,.1f} MB"
+    if room is not None and rows > room:
+        line += f"; that is more than the {budget:,} bytes allow"
     return fit, line
 
 
@@ -209,7 +228,7 @@ class Engine:
         self.slots, self.chunk, self.queue, self.invariant = slots, chunk, queue, invariant
         self.vocabulary = vocabulary or model.config.vocab_size
         self.device = next(model.parameters()).device
-        self.pool = model.init_state(-(-slots // ROWS) * ROWS if invariant else slots)
+        self.pool = model.init_state(pool_rows(slots, invariant))
         # What penalties ask for, a row as in the pool: which tokens were seen, how often each was written.
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
@@ -339,7 +358,7 @@ class Engine:
             for held in (self._waiting, self._reading, self._running, self._calls):
                 held.clear()
         for ticket in tickets:
-            self._finish(ticket, "error", error=str(self.stopped()))
+            self._finish(ticket, ticket.closing or "error", error=str(self.stopped()))
         for _, future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self.stopped())
@@ -417,7 +436,7 @@ class Engine:
 
     def _fail(self, tickets: list[Ticket], error: Exception) -> None:
         for ticket in tickets:
-            self._leave(ticket, "error", error=f"{type(error).__name__}: {error}")
+            self._leave(ticket, ticket.closing or "error", error=f"{type(error).__name__}: {error}")
 
     def _begin(self, ticket: Ticket) -> State:
         """The state before a ticket's next piece."""

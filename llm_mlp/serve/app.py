@@ -226,7 +226,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         return await answer(http, body, user, kind, body.given, body.max_tokens or 16)
 
     @app.post("/v1/embeddings", response_model=answers.EmbeddingList)
-    async def embeddings(body: EmbeddingRequest, user: User) -> dict[str, Any]:
+    async def embeddings(body: EmbeddingRequest, http: HTTP, user: User) -> dict[str, Any]:
         if not 1 <= len(body.texts) <= 2048:
             raise Refused(400, "input: 1 to 2,048 texts", "input")
         rows, total = [], 0
@@ -235,7 +235,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             if not ids:
                 raise Refused(400, f"input {index} is empty", "input")
             total += len(ids)
-            vector = await service.embed(ids)
+            vector = await unless_gone(http, service.embed(ids))
             data: Any = vector.tolist()
             if body.encoding_format == "base64":
                 data = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()

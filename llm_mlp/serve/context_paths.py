@@ -107,7 +107,7 @@ def _add_context_tools(app: FastAPI, service: Service, readings: Readings) -> No
 
         own = await asyncio.to_thread(parts)
         context = await unless_gone(http, readings.compose(own))
-        found = await unless_gone(http, readings.recall_composed(own)) if body.recall else None
+        found = await unless_gone(http, readings.recall_composed(user, name, own)) if body.recall else None
         await asyncio.to_thread(
             partial(service.store(user).commit, context, name, expires=_until(body.expires_seconds))
         )
@@ -121,7 +121,7 @@ def _add_context_tools(app: FastAPI, service: Service, readings: Readings) -> No
     @app.post("/v1/contexts/{name}/recall", response_model=answers.ContextRecall)
     async def recall(name: str, http: HTTP, user: User) -> Any:
         context = await asyncio.to_thread(service.context, user, name)
-        return (await unless_gone(http, readings.recall(context))).report()
+        return (await unless_gone(http, readings.recall(user, name, context))).report()
 
     @app.post("/v1/contexts/{name}/surprise", response_model=answers.ContextSurprise)
     async def surprise(name: str, http: HTTP, user: User) -> Any:

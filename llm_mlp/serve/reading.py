@@ -110,10 +110,14 @@ class Readings:
         """
         service, prompt, deadline = self.service, reading.prompt, self.service.deadline()
         stride = -(-STRIDE // service.settings.chunk) * service.settings.chunk
+        last, versions = self._last_multiple(reading), tuple[str, ...]()
+        if prompt.base is not None and prompt.cached == last and prompt.base is not reading.parent:
+            versions = (prompt.base.id,)
         start, done, total = prompt.start, 0, len(prompt.ids)
         seen = prompt.base.transition if reading.composable and prompt.base is not None else None
         while True:
             end = min(total, done + stride - (prompt.cached + done) % stride)
+            end = last - prompt.cached if done < last - prompt.cached < end else end
             ids = prompt.ids[done:end]
             if reading.composable:
                 part = self._observed(ids, start, seen, deadline)
@@ -124,9 +128,13 @@ class Readings:
                     async for piece in part:
                         piece.read += done
                         if piece.final is not None and end < total:
-                            await asyncio.to_thread(self._keep, reading, piece)
+                            if prompt.cached + end == last:
+                                versions = await asyncio.to_thread(self._version, reading, piece)
+                            else:
+                                await asyncio.to_thread(self._keep, reading, piece)
                             start, seen = piece.final, piece.transition
                             piece.final, piece.finish = None, None
+                        piece.versions = versions
                         yield piece
             except Refused as error:
                 if error.status == 504 and done:
@@ -136,9 +144,31 @@ class Readings:
             if done == total:
                 return
 
+    def _exact(self, reading: Reading) -> int | None:
+        """`Manifest.pieces` of what the reading comes to."""
+        base, pieces = reading.prompt.base, self.service.pieces
+        if pieces is None or reading.composable:
+            return None
+        goes_on = base is None or (base.manifest.pieces == pieces and len(base.tokens) % pieces == 0)
+        return pieces if goes_on else None
+
+    def _last_multiple(self, reading: Reading) -> int:
+        """Tokens up to the last place in its text from where a prompt that begins with it may go on to the bit, which
+        has to be stored for that; 0: there is none, or it is the text's end."""
+        pieces, total = self._exact(reading), reading.prompt.tokens
+        return 0 if pieces is None or total % pieces == 0 else total // pieces * pieces
+
     def _context(self, reading: Reading, piece: Piece) -> Context:
         assert piece.final is not None
-        return self.service.reader.wrap(piece.final, reading.parent, piece.transition)
+        pieces = self._exact(reading)
+        return self.service.reader.wrap(piece.final, reading.parent, piece.transition, pieces=pieces)
+
+    def _version(self, reading: Reading, piece: Piece) -> tuple[str, ...]:
+        try:
+            return (self.service.store(reading.user).commit(self._context(reading, piece)),)
+        except ContextError as error:  # the reading itself goes on
+            log.warning("prompts that begin with context %r will read it again: %s", reading.name, error)
+            return ()
 
     def _keep(self, reading: Reading, piece: Piece) -> None:
         try:
@@ -154,15 +184,11 @@ class Readings:
             ContextError: the name is taken by now, or there is no room.
         """
         store = self.service.store(reading.user)
-        store.commit(self._context(reading, piece), reading.name, expires=expires)
+        store.commit(self._context(reading, piece), reading.name, expires=expires, versions=piece.versions)
         store.forget_reading(reading.name)
 
     async def _observed(
-        self,
-        ids: list[int],
-        start: Start | None = None,
-        seen: State | None = None,
-        deadline: float | None = None,
+        self, ids: list[int], start: Start | None, seen: State | None, deadline: float
     ) -> AsyncGenerator[Piece, None]:
         """Reads ids behind a start, or from nothing, and keeps the map that the text is: what composing needs.
         ``seen``: that of the text before them.
@@ -172,7 +198,7 @@ class Readings:
         Raises:
             Refused: 504 over time.
         """
-        service, deadline = self.service, deadline or self.service.deadline()
+        service = self.service
         chunk, done = service.settings.chunk, 0
         state, began = (None, torch.tensor([], dtype=torch.int32)) if start is None else (start.state, start.tokens)
         while done < len(ids):
@@ -196,23 +222,29 @@ class Readings:
 
     # -- of contexts -----------------------------------------------------------------------------------------------
 
-    async def recall(self, context: Context) -> Recall:
-        """What a context's text still brings back, read once more with planted pairs as any prompt is; nothing of it
-        stays.
+    async def recall(self, user: str, name: str, context: Context) -> Recall:
+        """What the text of a context of that name still brings back, read once more with planted pairs as any prompt
+        is; nothing of it stays.
 
         Raises:
             ContextError: a text too short. Refused: one too long, or over time.
         """
         planted = await asyncio.to_thread(plant, self.service.reader, context)
-        end = await self._read_planted(planted.tokens, "context")
+        self._readable(len(planted.tokens), "context", "with what is planted")
+        end, _ = await self._aside(Reading(user, _beside(name, "recall"), Prompt(planted.tokens.tolist())))
         return await self.service.between_steps(partial(ask, self.service.reader, planted, end.state))
 
-    async def _read_planted(self, tokens: torch.Tensor, field: str) -> Start:
-        """The state after a text with planted pairs, which is read as any prompt is."""
-        self._readable(len(tokens), field, "with what is planted")
-        end = (await self.service.read(Request(tokens.tolist(), 0, keep=True))).final
-        assert end is not None
-        return end
+    async def _aside(self, reading: Reading) -> tuple[Start, State | None]:
+        """The state and, of a composable text, the map after one that is read on the side. What is kept of it
+        meanwhile, should it be cut off, is gone at its end.
+
+        Raises:
+            Refused: as `pieces`.
+        """
+        piece = await last_piece(self.pieces(await asyncio.to_thread(self._resumed, reading)))
+        assert piece.final is not None
+        await asyncio.to_thread(self.service.store(reading.user).forget_reading, reading.name)
+        return piece.final, piece.transition
 
     async def surprise(self, context: Context) -> Surprise:
         """As `llm_mlp.context.measure_surprise`, in pieces of a chunk.
@@ -234,22 +266,25 @@ class Readings:
         end = await self.service.in_pieces(composing(self.service.reader, contexts, [self.service.tokenizer.eos]))
         return await asyncio.to_thread(self.service.reader.composed, end)
 
-    async def recall_composed(self, contexts: Sequence[Context]) -> list[SourceRecall]:
-        """As `llm_mlp.context.measure_composed`, the texts read as prompts are, and refused as `recall` does."""
+    async def recall_composed(self, user: str, name: str, contexts: Sequence[Context]) -> list[SourceRecall]:
+        """As `llm_mlp.context.measure_composed`, of what is composed into a name; the texts are read as prompts are,
+        and refused as `recall` does."""
         separator = torch.tensor([self.service.tokenizer.eos])
         planted = await asyncio.to_thread(plant_each, self.service.reader, contexts, len(separator))
-        whole = await self._read_planted(torch.cat([*(one.tokens for one in planted), separator]), "contexts")
+        text = torch.cat([*(one.tokens for one in planted), separator]).tolist()
+        self._readable(len(text), "contexts", "with what is planted")
+        whole, _ = await self._aside(Reading(user, _beside(name, "recall"), Prompt(text)))
         apart = []
-        for one in planted:
-            piece = await last_piece(self._observed(one.tokens.tolist()))
-            assert piece.final is not None
-            apart.append(await asyncio.to_thread(self.service.reader.wrap, piece.final, None, piece.transition))
+        for n, one in enumerate(planted):
+            own = Reading(user, _beside(name, f"recall.{n}"), Prompt(one.tokens.tolist()), composable=True)
+            end, map_ = await self._aside(own)
+            apart.append(await asyncio.to_thread(self.service.reader.wrap, end, None, map_))
         states = (await self.compose(apart)).state, whole.state
         between, reader = self.service.between_steps, self.service.reader
         return [SourceRecall(*[await between(partial(ask, reader, one, state)) for state in states]) for one in planted]
 
     async def undo(self, user: str, name: str, steps: int) -> None:
-        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any prompt is.
+        """As `llm_mlp.context.Store.undo`; a text that has to be read again is read as any other is into a context.
 
         Raises:
             ContextError: no such mark. Refused: over time.
@@ -259,11 +294,12 @@ class Readings:
         made, before = plan.exact, plan.nearest
         if made is None:
             start, done = (None, 0) if before is None else (before.start, len(before.tokens))
-            ids = plan.now.tokens[done : plan.tokens].tolist()
-            if plan.composable:
-                piece = await last_piece(self._observed(ids, start, None if before is None else before.transition))
-            else:
-                piece = await self.service.read(Request(ids, 0, start=start, keep=True))
-            assert piece.final is not None
-            made = await asyncio.to_thread(reader.replayed, plan.now, piece.final, before, piece.transition)
+            prompt = Prompt(plan.now.tokens[done : plan.tokens].tolist(), start, before, done)
+            end, map_ = await self._aside(Reading(user, _beside(name, "undo"), prompt, before, plan.composable))
+            made = await asyncio.to_thread(reader.replayed, plan.now, end, before, map_)
         await asyncio.to_thread(store.go_back, plan, made)
+
+
+def _beside(name: str, what: str) -> str:
+    """Under which name a text is kept that is read on a context's behalf."""
+    return f"{name[:100]}.{what}"

@@ -112,8 +112,10 @@ class Piece:
     finish: str | None = None
     read: int = 0
     final: Start | None = None
+    lost: Exception | None = None  # why a text that is whole has no ``final``
     transition: State | None = None  # of the text behind ``final``, where it was asked for
     joules: float | None = None  # of what ended with it
+    versions: tuple[str, ...] = ()  # ids of what was stored of its text on the way
 
 
 class Text:
@@ -203,7 +205,7 @@ class Service:
         self.model, self.tokenizer, self.template, self.settings = model, tokenizer, template, settings
         self.energy = energy or Energy(next(model.parameters()).device)
         stored = 0 if settings.memory is None else settings.memory // 4
-        slots, line = slots_within(model, settings.slots, settings.memory, stored)
+        slots, line = slots_within(model, settings.slots, settings.memory, stored, settings.invariant)
         log.info("%s", line)
         self.capacity = line
         self.engine = Engine(
@@ -256,6 +258,11 @@ class Service:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def pieces(self) -> int | None:
+        """Of what length texts are read in, where their bits count."""
+        return self.settings.chunk if self.settings.invariant else None
+
     # -- keys ------------------------------------------------------------------------------------------------------
 
     def user(self, key: str | None) -> str | None:
@@ -292,11 +299,7 @@ class Service:
             return Prompt(ids, found.start, found, n, f"hit: context {context!r}, {n} tokens")
         if not ids:
             raise Refused(400, "the prompt is empty", "prompt")
-        known = self.store(user).find(ids, self.reader)
-        if known.context is not None and self.settings.invariant and known.cached_tokens % self.settings.chunk:
-            reason = f"miss: {known.cached_tokens} tokens are stored, which is no multiple of {self.settings.chunk}"
-            self.lookups.labels("miss", "unaligned").inc()
-            return Prompt(ids, reason=reason)
+        known = self.store(user).find(ids, self.reader, pieces=self.pieces)
         self.lookups.labels("miss" if known.context is None else "hit", known.kind).inc()
         if known.context is None:
             return Prompt(ids, reason=self.told(known.reason))
@@ -456,7 +459,7 @@ class Service:
             Refused: 504 over time, 400 where a grammar becomes too complex on the way, 500 where a step failed.
             `llm_mlp.infer.Full`: the queue is full. `llm_mlp.infer.Stopped`: the engine has failed, or is closing.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event] | None]()
         started = loop.time()
         deadline = deadline or self.deadline()
         before: float | None = None  # joules
@@ -476,6 +479,8 @@ class Service:
 
         texts = [Text(self.tokenizer, stops) for _ in range(n)]
         tickets = []
+        # One for all of its tokens: to set a limit for each wait costs more than the wait.
+        timer = loop.call_at(deadline, queue.put_nowait, None)
         last = [started] * n
         try:
             for index in range(n):
@@ -488,17 +493,13 @@ class Service:
                     raise Refused(400, str(error)) from None
             open_ = set(range(n))
             while open_:
-                try:
-                    if loop.time() > deadline:
-                        raise TimeoutError
-                    # Not wait_for: Python 3.11's loses a cancellation that comes together with an event.
-                    async with asyncio.timeout_at(deadline):
-                        index, event = await queue.get()
-                except TimeoutError:
-                    raise self.late() from None
-                if event.error and not texts[index].stopped:  # an answer that a stop text has ended is whole
-                    raise self._failure(event.error)
+                item = await queue.get()
+                if item is None:
+                    raise self.late()
+                index, event = item
                 now, text = loop.time(), texts[index]
+                if event.finish == "error" and not text.stopped:  # an answer that a stop text has ended is whole
+                    raise self._failure(event.error)
                 if event.token is not None and text.stopped:
                     continue  # written before the engine heard of it
                 piece = Piece(index, "", read=event.read, finish=event.finish, final=event.final, joules=event.joules)
@@ -517,10 +518,12 @@ class Service:
                     piece.finish, piece.final = "stop" if event.finish is not None else None, None
                 elif event.finish is not None:
                     piece.text = text.finish()
+                    piece.lost = self._failure(event.error) if event.error else None
                 if piece.finish is not None:
                     open_.remove(index)
                 yield piece
         finally:
+            timer.cancel()
             for ticket in tickets:
                 ticket.cancel()
 

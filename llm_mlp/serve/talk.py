@@ -12,6 +12,10 @@ from llm_mlp.infer import Engine, Event, Request, Sampling, Start, state_bytes
 from llm_mlp.serve.service import Text
 
 
+class TalkError(RuntimeError):
+    """The engine could not go on, out of memory say; the conversation is as it was before."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What an answer took.
@@ -59,7 +63,11 @@ class Talk:
         self.facts: Facts | None = None  # of the last answer
 
     def say(self, text: str, max_tokens: int, sampling: Sampling, seed: int | None) -> Iterator[str]:
-        """The answer's text as it comes, then `facts`. Left early, the exchange did not happen."""
+        """The answer's text as it comes, then `facts`. Left early, the exchange did not happen.
+
+        Raises:
+            TalkError: the engine failed; the exchange did not happen either.
+        """
         count, start = self._marks[-1].messages, self._marks[-1].start
         messages = [*self._messages[:count], {"role": "user", "content": text}]
         # What the state has read is not read again.
@@ -68,6 +76,8 @@ class Talk:
         ids = [*([self._tokenizer.eos] if start is None else []), *turn]
         cached, cache = self._cached(len(ids))
         times: list[float] = []  # of the answer's tokens
+        written: list[int] = []
+        final: Start | None = None
         out = Text(self._tokenizer, self._template.stop)
         events: list[Event] = []
         answer = ""
@@ -79,27 +89,28 @@ class Talk:
                 for event in events:
                     if event.token is not None and not out.stopped:
                         times.append(time.perf_counter())
+                        written.append(event.token)
                         piece = out.feed(event.token)
                         answer += piece
                         yield piece
                         if out.stopped:
                             ticket.cancel()
                     if event.finish == "error":
-                        raise RuntimeError(event.error)
+                        raise TalkError(event.error)
                 final = events[-1].final if events else None
                 events.clear()
-                if final is not None:
-                    start = final
         finally:
             ticket.cancel()
             while self._engine.busy:
                 self._engine.step()
         if out.stopped:  # the state has read into the next turn: read the answer alone instead
-            start = self._read([*ids, *self._tokenizer.encode(answer)], self._marks[-1].start)
+            start = self._read([*ids, *self._tokenizer.encode(answer)], start)
         else:
             piece = out.finish()
             answer += piece
             yield piece
+            # Without a state the last step failed, which only completes it.
+            start = final if final is not None else self._read([*ids, *written], start)
         start = self._read(self._template.closing, start)
         self._messages = [*messages, {"role": "assistant", "content": answer}]
         self._marks.append(_Mark(len(self._messages), start))
@@ -124,6 +135,8 @@ class Talk:
         self._engine.submit(Request(ids, 0, start=start, keep=True), events.append)
         while self._engine.busy:
             self._engine.step()
+        if events[-1].final is None:
+            raise TalkError(events[-1].error)
         return events[-1].final
 
     def undo(self) -> bool:
@@ -138,7 +151,7 @@ class Talk:
         """The conversation so far; None if nothing was read yet.
 
         It continues what it was stored as last (`keep`), or the context of id ``after`` if it has come through that
-        one: a name that means that one can then mean this one.
+        one: a name that means that one can then mean this one. The end of each exchange is a mark.
         """
         mark = self._marks[-1]
         if mark.start is None:
@@ -147,7 +160,8 @@ class Talk:
         parent = kept.get(after or "") or next(reversed(kept.values()), None)
         if parent is not None and any(parent is context for context in mark.kept):
             return parent  # nothing was said since
-        return self._reader.wrap(mark.start, parent)
+        ends = [len(each.start.tokens) for each in self._marks if each.start is not None]
+        return self._reader.wrap(mark.start, parent, marks=ends)
 
     def keep(self, context: Context) -> None:
         """The conversation so far was stored as this context."""

@@ -147,6 +147,8 @@ class Writer:
         return {"context": stored, "context_error": why}
 
     async def _save(self, name: str, piece: Piece) -> dict[str, Any]:
+        if piece.lost is not None:
+            raise piece.lost
         if piece.final is None:  # a stop text has ended it
             piece = await self.service.state_after(self.prompt, self.texts[0], self.deadline)
             self.count(piece)

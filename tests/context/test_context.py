@@ -112,6 +112,18 @@ def test_damaged_files_are_refused(reader, tmp_path, damage):
         Context.load(path)
 
 
+def test_files_from_before_a_field_are_read(reader, tmp_path):
+    """Their manifests lack it, and their digests do not cover it."""
+    made = reader.create(TEXT)
+    made.save(tmp_path / "c.safetensors")
+    data = (tmp_path / "c.safetensors").read_bytes()
+    old = data.replace(b'\\"pieces\\":null,', b"")
+    size = int.from_bytes(old[:8], "little") - (len(data) - len(old))
+    (tmp_path / "old.safetensors").write_bytes(size.to_bytes(8, "little") + old[8:])
+    assert len(old) < len(data)
+    same(Context.load(tmp_path / "old.safetensors"), made)
+
+
 def test_another_format_is_refused(reader, tmp_path):
     made = reader.create(TEXT)
     files.write(tmp_path / "c.safetensors", made.manifest.model_copy(update={"format_version": 2}), made.tensors())

@@ -320,6 +320,28 @@ def test_a_failed_engine_tells_everybody_at_once(monkeypatch):
             again()
 
 
+@pytest.mark.parametrize("whole_engine", [False, True])
+def test_a_text_that_is_whole_is_told_where_the_step_behind_it_fails(whole_engine, monkeypatch):
+    """A step that only completes a state to be kept costs that state alone; one that has to write more ends as an
+    error."""
+    model = random_model("plain")
+    engine, kept, longer = Engine(model, slots=2), Listener(), Listener()
+    engine.submit(Request([1], 3, GREEDY, keep=True), kept)
+    engine.submit(Request([1], 9, GREEDY), longer)
+    while len(kept.tokens) < 3:
+        engine.step()
+    monkeypatch.setattr(engine, "_read_some" if whole_engine else "_decode", lambda: 1 / 0)
+    if whole_engine:
+        with pytest.raises(ZeroDivisionError):
+            engine.run()
+    else:
+        engine.step()
+    last = kept.events[-1]
+    assert kept.finish == "length" and last.final is None and "ZeroDivisionError" in last.error
+    assert longer.finish == "error" and "ZeroDivisionError" in longer.events[-1].error
+    assert kept.tokens == list(generate(model, [1], max_tokens=3, sampling=GREEDY)) and engine.load["free"] == 2
+
+
 def test_the_queue_is_bounded_and_closing_drains():
     engine, found = Engine(random_model("plain"), slots=1, queue=1), Listener()
     engine.submit(Request([1], 4, GREEDY), found)
@@ -357,9 +379,31 @@ def test_slots_fit_a_budget():
     assert slots_within(model, 4, None) == (4, f"4 active + 0 stored contexts of {each / 1e6:.2f} MB")
     fit, line = slots_within(model, 100, 10 * each, stored=3 * each)
     assert fit == 7 and line.startswith("7 active + 3 stored contexts") and "100 were asked for" in line
-    assert slots_within(model, 4, 10)[0] == 1  # never a refusal to start
+    fit, line = slots_within(model, 4, 10)
+    assert fit == 1 and line.endswith("; that is more than the 10 bytes allow")  # never a refusal to start
     with pytest.raises(ValueError, match=r"layers\.\d: attention keeps keys and values"):
         Engine(random_model("attention"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "room", "fits", "says"),
+    [
+        (40, None, 40, "holds 64 states"),
+        (40, 64, 40, "holds 64 states"),
+        (40, 63, 32, "40 were asked for"),
+        (8, 32, 8, "holds 32 states"),
+        (40, 31, 32, "is more than the"),
+        (8, 8, 8, "is more than the"),
+    ],
+)
+def test_an_invariant_pool_is_counted_with_its_padding(wanted, room, fits, says):
+    model = random_model("plain")
+    each = state_bytes(model)
+    fit, line = slots_within(model, wanted, None if room is None else room * each, invariant=True)
+    assert fit == fits and says in line
+    pool = Engine(model, slots=fit, invariant=True).pool
+    taken = sum(t.numel() * t.element_size() for t in pool.values())
+    assert (room is not None and taken > room * each) == ("is more than" in line)
 
 
 class Work:

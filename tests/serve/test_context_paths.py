@@ -352,6 +352,58 @@ def test_an_append_can_set_when_a_context_expires(http):
     assert http.get("/v1/contexts/brief").status_code == 404
 
 
+# -- prompts that begin with a stored text, to the bit -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["whole", "append", "elsewhere", "answer", "composable"])
+def test_what_is_stored_changes_no_bit_of_an_invariant_answer(model, tmp_path, how):
+    """A stored text is gone on from at the last multiple of the chunk that it was read to; nothing else is used."""
+    chunk, tokenizer = 32, model[1]
+    ids = [tokenizer.eos, *tokenizer.encode(TEXT)][: 7 * chunk + 9]
+    first, text = tokenizer.decode(ids[1 : 2 * chunk]), tokenizer.decode(ids[1:])
+    with (
+        serving(tmp_path, model=model, invariant=True, chunk=chunk) as (url, service),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        store, reader = service.store(""), service.reader
+        if how == "answer":  # as long as a multiple
+            ask = {"prompt": ids[: 7 * chunk - 8], "max_tokens": 8, "logit_bias": {str(tokenizer.eos): -100}}
+            assert http.post("/v1/completions", json=ask | {"save_context": "book"}).json()["context"]["tokens"] == 224
+            ids = [*store.get("book").tokens.tolist(), *ids[7 * chunk :]]
+            store.export("book", tmp_path / "kept")
+            store.remove("book")
+        body = {"prompt": [*ids, 5, 6, 7], "max_tokens": 8, "logprobs": 3, "seed": 1}
+
+        def asked():
+            found = http.post("/v1/completions", json=body).json()
+            return found["choices"], found["usage"]["prompt_tokens_details"]
+
+        want, used = asked()
+        assert used["cached_tokens"] == 0
+        if how == "whole":
+            made(http, "book", text)
+        elif how == "append":
+            made(http, "book", first)
+            http.post("/v1/contexts/book/append", json={"text": text[len(first) :]})
+        elif how == "composable":
+            made(http, "book", tokenizer.decode(ids[1 : 7 * chunk]), composable=True)
+        elif how == "elsewhere":
+            store.commit(reader.create(ids[: 7 * chunk]), "book")
+        else:
+            store.import_(tmp_path / "kept", "book")
+        found, used = asked()
+        assert found == want
+        hit = how in ("whole", "append")
+        assert used["cached_tokens"] == (7 * chunk if hit else 0), used
+        assert hit or used["cache"].startswith("miss: 224 tokens are stored, but not as read in pieces of 32")
+        assert f'reason="{"prefix" if hit else "unaligned"}"' in http.get("/metrics").text
+        marks = store.get("book").manifest.marks
+        if how == "append":  # what is kept for prompts is no mark of its own
+            assert marks == [2 * chunk, len(ids)]
+            undone = http.post("/v1/contexts/book/undo", json={}).json()
+            assert undone["tokens"] == 2 * chunk and not undone["replayed"]
+
+
 # -- several answers -----------------------------------------------------------------------------------------------
 
 

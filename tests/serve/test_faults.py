@@ -18,6 +18,7 @@ from serve_cases import TEXT, serving, small_model
 from llm_mlp.context import format as files
 from llm_mlp.infer import Full
 from llm_mlp.serve import reading as reading_module
+from llm_mlp.serve.service import Refused
 
 STREAM = {"prompt": "The mill", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -74,7 +75,12 @@ def test_a_full_disk_is_told_and_loses_nothing(served, how, monkeypatch):
 )
 @pytest.mark.parametrize(
     ("how", "code", "says"),
-    [("disk", None, "No space left"), ("queue", "queue_full", "busy"), ("error", None, "its log has it")],
+    [
+        ("disk", None, "No space left"),
+        ("queue", "queue_full", "busy"),
+        ("error", None, "its log has it"),
+        ("step", None, "the engine failed: ZeroDivisionError"),
+    ],
 )
 def test_an_answer_that_cannot_be_saved_is_told_whole(
     served, monkeypatch, caplog, path, asked, stream, how, code, says
@@ -110,11 +116,20 @@ def test_an_answer_that_cannot_be_saved_is_told_whole(
             raise Full("others wait")
         return submit(request, emit)
 
+    decode = service.engine._decode
+
+    def last_fails():
+        if any(ticket.closing for ticket in service.engine._running):
+            raise ZeroDivisionError("injected")
+        decode()
+
     with monkeypatch.context() as patch:
         if how == "disk":
             patch.setattr(files, "save_file", full)
         elif how == "queue":
             patch.setattr(service.engine, "submit", busy)
+        elif how == "step":
+            patch.setattr(service.engine, "_decode", last_fails)
         else:
             patch.setattr(service.reader, "wrap", lambda *_: 1 / 0)
         found = ask(save_context="book", **more)
@@ -122,7 +137,7 @@ def test_an_answer_that_cannot_be_saved_is_told_whole(
     error = found[3]["context_error"]
     assert says in error["message"] and error["code"] == code and str(folder) not in error["message"]
     assert error["param"] == "save_context" and found[3]["context"] is None
-    assert [r for r in caplog.records if r.exc_info] == [] or how == "error"
+    assert [r for r in caplog.records if r.exc_info] == [] or how in ("error", "step")
     assert [row["id"] for row in http.get("/v1/contexts").json()["data"]] == [before["id"]]
     saved = ask(save_context="book", **more)
     assert saved[:3] == want[:3] and saved[3]["context"]["name"] == "book" and saved[3]["context_error"] is None
@@ -303,6 +318,67 @@ def test_a_reading_that_was_cut_off_goes_on(model, tmp_path, monkeypatch, append
     assert now.manifest.marks == want.manifest.marks and (now.transition is not None) == composable
     tensors = now.tensors()
     assert all(torch.equal(tensors[name], t) for name, t in want.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("what", "composable"), [("undo", False), ("undo", True), ("recall", False), ("compose", True)]
+)
+def test_what_is_read_again_goes_on_where_it_was_cut_off(model, tmp_path, monkeypatch, what, composable):
+    """The text of an undo, and those that are planted with pairs; the result is that of an uninterrupted reading."""
+    monkeypatch.setattr(reading_module, "STRIDE", 100)  # rounded up to 128
+    observed, keep = [], reading_module.Readings._keep
+
+    def read_tokens(model, ids, *more, **how):
+        observed.append(len(ids))
+        return real(model, ids, *more, **how)
+
+    real = reading_module.read_tokens
+    monkeypatch.setattr(reading_module, "read_tokens", read_tokens)
+
+    def cut(self, reading, piece):
+        keep(self, reading, piece)
+        if len(piece.final.tokens) >= 512:
+            raise Refused(503, "injected")
+
+    path, body = f"/v1/contexts/book/{what}", {} if what == "undo" else None
+    if what == "compose":
+        path, body = "/v1/contexts/both/compose", {"contexts": ["book", "copy"], "recall": True}
+    left = {"undo": "book.undo.reading", "recall": "book.recall.reading", "compose": "both.recall.reading"}[what]
+    found, read = {}, {}
+    for case in ("whole", "cut"):
+        with serving(tmp_path / case, model=model) as (url, service), httpx.Client(base_url=url, timeout=60) as http:
+            first = made(http, "book", TEXT, composable=composable)
+            if what == "undo":
+                http.post("/v1/contexts/book/append", json={"text": " More."})
+                service.store("")._delete(first["id"])
+            elif what == "compose":
+                made(http, "copy", TEXT[::-1], composable=True)
+            names = {row["name"] for row in http.get("/v1/contexts").json()["data"]}
+            if case == "cut":
+                with monkeypatch.context() as patch:
+                    patch.setattr(reading_module.Readings, "_keep", cut)
+                    assert http.post(path, json=body).status_code == 503
+                rows = {row["name"]: row for row in http.get("/v1/contexts").json()["data"]}
+                assert rows.keys() - names == {left} and rows[left]["unfinished"] and rows[left]["expires"]
+            observed.clear()
+            before = service.engine.counters.prompt_tokens
+            answer = http.post(path, json=body)
+            assert answer.status_code in (200, 201), answer.text
+            found[case] = answer.json()
+            read[case] = service.engine.counters.prompt_tokens - before + sum(observed)
+            names |= {"both"} if what == "compose" else set()
+            assert {row["name"] for row in http.get("/v1/contexts").json()["data"]} == names
+            if what == "undo":
+                kept = service.store("").get("book")
+                assert kept.manifest.replayed and len(kept.tokens) == first["tokens"]
+                found[case] = kept
+    assert read["whole"] - read["cut"] == 512
+    if what == "undo":
+        tensors = found["cut"].tensors()
+        assert (found["cut"].transition is not None) == composable
+        assert all(torch.equal(tensors[name], t) for name, t in found["whole"].tensors().items())
+    else:
+        assert found["cut"].get("recall", found["cut"]) == found["whole"].get("recall", found["whole"])
 
 
 def test_what_is_left_of_another_reading_is_not_gone_on_from(served, monkeypatch):

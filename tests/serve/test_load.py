@@ -11,7 +11,8 @@ import httpx
 import pytest
 from serve_cases import serving, small_model
 
-from llm_mlp.bench.serving import load, pairs, server
+from llm_mlp.bench.load import load, server
+from llm_mlp.bench.serving import pairs
 from llm_mlp.checkpoint import save_model
 from llm_mlp.config import ModelConfig, build
 from llm_mlp.data.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from llm_mlp.context import Reader, Store
 from llm_mlp.data.chat import ChatTemplate
 from llm_mlp.infer import Sampling
 from llm_mlp.serve.service import Text
-from llm_mlp.serve.talk import Talk
+from llm_mlp.serve.talk import Talk, TalkError
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,35 @@ def test_a_killed_servers_reading_goes_on(folder, tmp_path, composable):
     assert all(torch.equal(kept["cut"][part], t) for part, t in kept["whole"].items())
 
 
+@pytest.mark.slow
+def test_a_killed_reading_of_a_book_goes_on(folder, tmp_path):
+    """5 MB by `llm-mlp context create`, kill -9 on the way and the same again: the bits of one that was left alone, in
+    a file that is larger than a sentence's by its token ids alone."""
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"Chapter {n}. {TEXT}" for n in range(2200)), encoding="utf8")
+    assert book.stat().st_size > 5_000_000
+
+    def create(name, text):
+        args = ("context", "create", name, "--model", folder, "--store", tmp_path, "--every", 65_536, *text)
+        return subprocess.Popen(command(*args), stdout=subprocess.PIPE, text=True)
+
+    cut, deadline = create("cut", ("--file", book)), time.time() + 300
+    while not (tmp_path / "names" / "cut.reading.json").exists():
+        assert cut.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGKILL)
+    assert cut.wait(30) == -signal.SIGKILL
+    texts = {"cut": ("--file", book), "whole": ("--file", book), "sentence": ("--text", "The mill stood.")}
+    for name, text in texts.items():
+        assert create(name, text).wait(600) == 0
+    found = {name: Store(tmp_path).get(name) for name in texts}
+    tensors = found["cut"].tensors()
+    assert len(found["whole"].tokens) > 1_000_000
+    assert all(torch.equal(tensors[part], t) for part, t in found["whole"].tensors().items())
+    longer = len(found["whole"].tokens) - len(found["sentence"].tokens)
+    assert found["whole"].bytes - found["sentence"].bytes == 4 * longer
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -194,7 +223,22 @@ def test_chat_goes_on_from_contexts(folder, tmp_path):
     answers = again.splitlines()
     assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]  # the same words behind the same context
     now, b = store.entry("a"), store.get("b")
-    assert now == a and b.manifest.parent == a.id and len(store.entry("b").history) == 2
+    assert now == a and b.manifest.parent == a.id and store.entry("b").history == (*a.history, b.id)
+
+
+def test_a_conversation_can_be_taken_back_exchange_by_exchange_wherever_it_is_stored(folder, tmp_path, model):
+    """Saved or forked: each version's end and, without one, each exchange's is a mark of the context."""
+    store, reader = Store(tmp_path), Reader(*model)
+    chats(folder, tmp_path, ["The mill", "/save a", "on", "and on", "/save", "The wheel", "/fork b", "/save c"])
+    first, second = store.entry("a").history
+    forked = store.entry("b")
+    assert forked.history == (first, second, forked.id) and store.entry("c").history == forked.history
+    marks = store.get("b").manifest.marks
+    assert len(marks) == 4 and marks[0] == len(store._load(first).tokens)  # the second one was never stored
+    again = store.undo("b", reader, steps=2)
+    assert again.manifest.replayed and len(again.tokens) == marks[1]
+    assert torch.equal(again.tokens, store._load(second).tokens[: marks[1]])
+    assert store.undo("b", reader).id == first and store.entry("a").id == second
 
 
 def test_talk_goes_on_from_its_state(model):
@@ -208,6 +252,31 @@ def test_talk_goes_on_from_its_state(model):
     assert "".join(other.say("on", 6, rule, None)) == second
     text = reader.tokenizer.decode(talk.context().tokens.tolist())
     assert text == f"user: The mill\nassistant: {first}\nuser: on\nassistant: {second}\n"
+
+
+def test_talk_keeps_an_answer_whose_state_was_lost_and_nothing_of_one_that_failed(model, monkeypatch):
+    reader, rule = Reader(*model), Sampling(0)
+    want, found = (Talk(reader, ChatTemplate(reader.tokenizer)) for _ in range(2))
+    texts = ["".join(want.say(text, 6, rule, None)) for text in ("The mill", "on")]
+    engine = found._engine
+    decode = engine._decode
+
+    def last_fails():
+        if any(ticket.closing for ticket in engine._running):
+            raise ZeroDivisionError("injected")
+        decode()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_decode", last_fails)
+        assert "".join(found.say("The mill", 6, rule, None)) == texts[0]  # its state is read instead
+        patch.setattr(engine, "_decode", lambda: 1 / 0)
+        with pytest.raises(TalkError, match="ZeroDivisionError: division by zero"):
+            list(found.say("no", 6, rule, None))
+        patch.setattr(engine, "_read", lambda group: 1 / 0)
+        with pytest.raises(TalkError, match="ZeroDivisionError: division by zero"):
+            list(found.say("no", 6, rule, None))
+    assert "".join(found.say("on", 6, rule, None)) == texts[1]
+    assert torch.equal(found.context().tokens, want.context().tokens)
 
 
 # -- the text of an answer -----------------------------------------------------------------------------------------

@@ -331,6 +331,25 @@ def test_a_client_that_goes_frees_its_slot(server, stream):
     assert service.engine.load == {"waiting": 0, "reading": 0, "running": 0, "free": service.engine.slots}
 
 
+def test_a_client_that_goes_while_its_text_is_embedded_takes_no_more_time(server, monkeypatch):
+    url, service = server
+    pieces, embedding = [], service._embedding
+
+    def slow(ids):
+        for piece in embedding(ids):
+            pieces.append(time.sleep(0.02))
+            yield piece
+
+    monkeypatch.setattr(service, "_embedding", slow)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url + "/v1/embeddings", json={"input": TEXT * 60}, timeout=0.3)
+    deadline, last = time.time() + 10, -1
+    while last != len(pieces) and time.time() < deadline:
+        last = len(pieces)
+        time.sleep(0.5)
+    assert last > 0 and time.time() < deadline
+
+
 def test_many_clients_get_what_each_gets_alone(model, tmp_path):
     """In the batch-invariant mode, to the character; slots are fewer than clients."""
     with serving(tmp_path, model=model, slots=6, invariant=True) as (url, _):
