@@ -65,7 +65,8 @@ def config_of(model: str, length: int, args: argparse.Namespace, out: Path) -> T
 
 def start(config: Path, gpu: int, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "llm_mlp", "train", str(config), "--quiet", *options]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
