@@ -270,11 +270,12 @@ def report(args: argparse.Namespace) -> None:
         )
         print("           " + "  ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items()))
     for rung in (BASE, list(RUNGS)[-1]):
-        second = [(s, lr) for name, lr, s, d in found if name == rung and d == 1]
-        print(
-            f"second seed, {rung}: "
-            + "  ".join(f"{s:g}: {loss_of(found[rung, lr, s, 1]):.4f}" for s, lr in sorted(second))
-        )
+        second = {(s, lr): loss_of(found[rung, lr, s, 1]) for name, lr, s, d in sorted(found) if (name, d) == (rung, 1)}
+        if rung == BASE and second:
+            target = min(second.values())
+        share = needed(found, rung, target, average=False, seed=1)
+        losses = "  ".join(f"{s:g}: {loss:.4f}" for (s, _), loss in second.items())
+        print(f"second seed, {rung}: tokens needed {share}  {losses}")
 
 
 def main() -> None:
