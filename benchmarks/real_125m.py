@@ -42,7 +42,7 @@ def config_of(model: str, length: int, args: argparse.Namespace, out: Path) -> T
     if model.endswith(TWIN):
         packing = ["data.packing=joined", "cuda_graph=true"]
     else:
-        packing = ["data.packing=streams", "compile=false"]  # no two rows have their documents at the same places
+        packing = ["data.packing=streams"]
     values = [
         f"model={model}",
         f"data.prepared={args.prepared}",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
-from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, rms_norm
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, rms_norm, vary
 from llm_mlp.ops.backend import sequence_bounds
 
 
@@ -70,6 +70,7 @@ class AttentionMixer(Mixer):
         after = {"keys": keys, "values": values, "length": length + T}
         return self.out_proj(y.transpose(1, 2).flatten(2)), after
 
+    @torch.compiler.disable  # of as many parts as there are sequences
     def _packed(self, x: Tensor, state: State | None, cu_seqlens: Tensor) -> tuple[Tensor, State]:
         """One sequence after another: plain, and enough for a baseline."""
         bounds = sequence_bounds(cu_seqlens, x.shape[0], x.shape[1], "attention")
@@ -86,11 +87,13 @@ class AttentionMixer(Mixer):
         def stacked(name: str) -> Tensor:
             return torch.cat([F.pad(s[name], (0, 0, 0, longest - s[name].shape[2])) for s in states])
 
-        return torch.cat(ys, 1), {
+        packed = {
             "keys": stacked("keys"),
             "values": stacked("values"),
             "length": torch.cat([s["length"] for s in states]),
         }
+        vary(*packed.values())
+        return torch.cat(ys, 1), packed
 
     def step(self, x: Tensor, state: State, state_indices: Tensor | None = None) -> Tensor:
         return x + self._step(rms_norm(x, self.eps), state, state_indices)

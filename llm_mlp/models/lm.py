@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from llm_mlp.config import ModelConfig
 from llm_mlp.models.attention import AttentionMixer
 from llm_mlp.models.ffn import FFN
-from llm_mlp.models.mixer import STATES, Cost, Linear, Mixer, State, linear, rms_norm
+from llm_mlp.models.mixer import STATES, Cost, Linear, Mixer, State, linear, rms_norm, vary
 from llm_mlp.models.perception import PerceptionMixer
 from llm_mlp.models.routing import Routing
 from llm_mlp.ops import linear_cross_entropy
@@ -215,6 +215,8 @@ class LM(nn.Module):
         states = self._by_layer(state) if state else None
         for i, block in blocks:
             own = states[i] if states else None
+            if cu_seqlens is not None:
+                vary(cu_seqlens, *(own or {}).values())
             args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
             if routed:
                 earlier.append(x)

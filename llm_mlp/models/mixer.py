@@ -41,6 +41,12 @@ class Cost:
         return Cost(self.parameters + other.parameters, self.flops + other.flops, self.state_bytes + other.state_bytes)
 
 
+def vary(*tensors: Tensor) -> None:
+    """Say that the next batch's (of other packed sequences) have other sizes, so that compiled blocks serve both."""
+    for t in tensors:
+        torch._dynamo.maybe_mark_dynamic(t, tuple(range(t.ndim)))
+
+
 class Mixer(nn.Module):
     """Mixes along the sequence. x is normed by the block; y is added to the residual stream there."""
 

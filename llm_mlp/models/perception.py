@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_mlp.config import ModelConfig
-from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear
+from llm_mlp.models.mixer import Cost, Linear, Mixer, State, init_linear, linear, vary
 from llm_mlp.ops import Units, memorise, memorise_step, perceive, perceive_step, perceive_transition, units_init
 from llm_mlp.ops.heads import (
     Gates,
@@ -184,8 +184,6 @@ class PerceptionMixer(Mixer):
         return dict(zip(self.gate_names, x.split(self.in_split[1:], -1), strict=True))
 
     def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        before: State = state or {}
-        after: State = {}
         channels = self.in_split[0]
         if isinstance(self.in_proj, Linear):
             # Two products, so that the gradient of the first need not be copied beside that of the second.
@@ -196,6 +194,17 @@ class PerceptionMixer(Mixer):
         logits = {name: up(low[name]) for name, up in self._ups().items()}
         heads = None if self.head_proj is None else self.head_proj(x)
         scalars = self._scalars(x, heads, logits.get("erase"))
+        heads_of = self._heads if cu_seqlens is None else self._heads_packed
+        y, read, w, residual, after = heads_of(qkv, logits.get("write"), scalars, state, cu_seqlens)
+        y = self._output(y, read, w, residual, scalars.share, logits.get("output"))
+        return self.out_proj(y), after
+
+    def _heads(
+        self, qkv: Tensor, write: Tensor | None, scalars: Gates, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, State]:
+        """What the heads read from the context: y, the read of the units, w, residual, and the state after."""
+        before: State = state or {}
+        after: State = {}
         split = self.split
         if split is not None and self.conv is not None:
             before = {"conv": split.tail(qkv, self.conv.shape[1] - 1, cu_seqlens)}
@@ -203,7 +212,7 @@ class PerceptionMixer(Mixer):
             qkv,
             self.conv,
             self.slope,
-            logits.get("write"),
+            write,
             self.units_gain if self.block else None,
             before.get("conv"),
             groups=self.groups,
@@ -262,8 +271,14 @@ class PerceptionMixer(Mixer):
             after.update(zip(_UNITS, units, strict=True))
         if self.kept[0] is not None:
             after["fast_weights"] = after["fast_weights"].to(self.kept[0])
-        y = self._output(y, read, i.w, residual, scalars.share, logits.get("output"))
-        return self.out_proj(y), after
+        return y, read, i.w, residual, after
+
+    @torch.compiler.disable
+    def _heads_packed(self, *args: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, State]:
+        """`_heads` of packed sequences: they lie differently in every batch, each would compile to its own program."""
+        found = self._heads(*args)
+        vary(*found[-1].values())
+        return found
 
     def _whole(self) -> Layer | None:
         """What `perception_step` takes, of a layer that has all it is made for."""

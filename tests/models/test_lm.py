@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import CASES, SMALL, VOCABULARY, config_of, differs, random_model, random_tokens, same_states
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llm_mlp.config import _merge
 from llm_mlp.models import build_model, model_cost
@@ -314,6 +315,31 @@ def test_activation_checkpointing(case):
         model.zero_grad()
     for a, b, c in zip(*grads, strict=True):
         assert differs(a, b) < 1e-12 and differs(a, c) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["plain", "hybrid", "everything"])
+def test_packed_layouts_share_their_programs(case):
+    """Blocks compiled for one layout of packed sequences serve all others, with other numbers of them."""
+    model, tokens = random_model(case), random_tokens(1, 64)
+    # A single sequence has programs of its own: sizes of 1 are constants to the compiler.
+    layouts = [torch.tensor(b) for b in ([0, 64], [0, 30, 64], [0, 7, 40, 41, 64], [0, 1, 2, 3, 60, 64])]
+    wanted = []
+    for cu_seqlens in layouts:
+        model(tokens, cu_seqlens=cu_seqlens, targets=tokens).loss.backward()
+        wanted.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch._dynamo.reset()
+    programs = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=programs)
+    counts = []
+    for cu_seqlens, want in zip(layouts, wanted, strict=True):
+        model(tokens, cu_seqlens=cu_seqlens, targets=tokens).loss.backward()
+        for p, gradient in zip(model.parameters(), want, strict=True):
+            assert differs(p.grad, gradient) < 1e-12
+        model.zero_grad()
+        counts.append(programs.frame_count)
+    assert 0 < counts[1] == counts[-1]
 
 
 def test_gradients_reach_an_earlier_block():

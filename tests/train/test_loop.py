@@ -108,8 +108,10 @@ def test_activation_checkpointing_changes_nothing(tmp_path, mode, packing):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled(tmp_path):
-    plain, compiled = run(tmp_path, out="plain"), run(tmp_path, "compile=true", out="compiled")
+@pytest.mark.parametrize("packing", ["joined", "reset", "streams"])
+def test_compiled(tmp_path, packing):
+    way = f"data.packing={packing}"
+    plain, compiled = run(tmp_path, way, out="plain"), run(tmp_path, way, "compile=true", out="compiled")
     for (_, a), (_, b) in zip(plain.curve, compiled.curve, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
 
