@@ -215,7 +215,7 @@ class LM(nn.Module):
         states = self._by_layer(state) if state else None
         for i, block in blocks:
             own = states[i] if states else None
-            if cu_seqlens is not None:
+            if cu_seqlens is not None and block._compiled_call_impl is not None:
                 vary(cu_seqlens, *(own or {}).values())
             args = (x, list(earlier) if block.routing is not None else None, own, cu_seqlens)
             if routed:

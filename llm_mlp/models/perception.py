@@ -194,7 +194,7 @@ class PerceptionMixer(Mixer):
         logits = {name: up(low[name]) for name, up in self._ups().items()}
         heads = None if self.head_proj is None else self.head_proj(x)
         scalars = self._scalars(x, heads, logits.get("erase"))
-        heads_of = self._heads if cu_seqlens is None else self._heads_packed
+        heads_of = self._heads_packed if cu_seqlens is not None and torch.compiler.is_compiling() else self._heads
         y, read, w, residual, after = heads_of(qkv, logits.get("write"), scalars, state, cu_seqlens)
         y = self._output(y, read, w, residual, scalars.share, logits.get("output"))
         return self.out_proj(y), after

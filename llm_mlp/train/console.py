@@ -102,11 +102,8 @@ class Console:
             self._files[name].write(json.dumps(plain) + "\n")
             self._files[name].flush()
         except OSError as error:
-            path, why = (
-                self.run / f"{name}.jsonl",
-                f"{error.strerror}; the last checkpoint stands, continue with --resume",
-            )
-            raise OSError(error.errno, why, str(path)) from None
+            why = f"{error.strerror}; the last checkpoint stands, continue with --resume"
+            raise OSError(error.errno, why, str(self.run / f"{name}.jsonl")) from None
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
         self.write("metrics", {"step": step, **values})

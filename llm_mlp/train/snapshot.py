@@ -2,10 +2,10 @@
 
 A checkpoint folder holds the model (see `llm_mlp.checkpoint`), ``training.safetensors`` (optimizer state and averages
 keyed by parameter name, carried stream states) and ``training.json`` (step, sample index, controllers, config, which
-launches of the kernels were chosen). A run
-whose weights are spread over processes writes ``shards/`` instead: safetensors by torch's distributed checkpointing,
-which any number of processes can read. Parts of layers are stored as rows of whole parameters, shared out anew among
-the processes. What PowerSGD owes each process's gradients stands in a file of the process. Nothing is pickled.
+launches of the kernels were chosen). A run whose weights are spread over processes writes ``shards/`` instead:
+safetensors by torch's distributed checkpointing, which any number of processes can read. Parts of layers are stored as
+rows of whole parameters, shared out anew among the processes. What PowerSGD owes each process's gradients stands in a
+file of the process. Nothing is pickled.
 """
 
 from __future__ import annotations
